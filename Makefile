@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs in $(VENV); `make` alone lists the targets.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := service gunicorn_conf.py tests bench
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint format bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create the virtual environment with everything in it
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or later is needed; name one with PYTHON=...' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+serve: $(STAMP) ## Serve the demo model with 2 workers (API on 8000, probes and metrics on 9000)
+	HF_HUB_OFFLINE=1 $(BIN)/warmfleet serve
+
+test: $(STAMP) ## Run the tests; ARGS='-k ready' narrows them
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## Check style, formatting, types and the direction of imports
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP) ## Format the code and apply safe fixes
+	$(BIN)/ruff check --fix --exit-zero $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+bench: $(STAMP) ## Measure boot and cold start on this machine
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/boot.py
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/cold_start.py
+
+clean: ## Remove the virtual environment, caches and build output
+	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find service tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

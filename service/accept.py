@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our own accept on Gunicorn's shared listeners: only when warm, and only the least loaded. Worker, event loop.
+
+uvicorn's protocol classes do the HTTP; this file decides which worker takes a connection. Stock
+asyncio accepts the whole backlog in one wake, so the first worker to wake takes a burst alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.server import Server
+
+from service.lifecycle import State
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator, Sequence
+
+    from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
+    from uvicorn.config import Config
+
+    from service.scoreboard import Peer, Scoreboard
+
+FRESH_S = 0.5
+"""Rows with an older beat do not count: a stopped sibling must not hold the others back."""
+LOOK_AGAIN_S = 0.001
+TICK_S = 0.05
+LOOKS = 50
+"""Looks after which a worker that is not the least loaded accepts anyway."""
+SILENT_S = 1.0
+"""A connection that has sent nothing for so long is no load: it may never send anything."""
+SHED_FACTOR, SHED_MARGIN = 1.5, 2
+
+
+class Verdict(Enum):
+    """What to do with a connection that waits in the kernel's queue."""
+
+    ACCEPT = auto()
+    LOOK_AGAIN = auto()
+    LEAVE = auto()
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that the rules look at.
+
+    Attributes:
+        state: this worker's state.
+        load: this worker's load.
+        siblings: rows of the other live workers.
+        looks: how often this worker has looked at the waiting connection already.
+        ever_ready: whether any worker was ever READY.
+        cold_s: seconds since any worker was READY.
+        cold_hold_s: seconds for which connections are held while no worker is READY.
+        stopping: whether the whole service is going away.
+    """
+
+    state: State
+    load: int
+    siblings: Sequence[Peer]
+    looks: int = 0
+    ever_ready: bool = True
+    cold_s: float = 0.0
+    cold_hold_s: float = 10.0
+    stopping: bool = False
+
+
+def decide(situation: Situation, now: float) -> Verdict:
+    """Apply the rules of accepting, in the order in which they are asked (docs/decisions/0001)."""
+    loads = [p.load for p in situation.siblings if p.state is State.READY and now - p.beat <= FRESH_S]
+    if situation.stopping:
+        return Verdict.ACCEPT if situation.state in (State.READY, State.DRAINING) else Verdict.LEAVE
+    if situation.state is State.DRAINING:
+        return Verdict.LEAVE
+    if situation.state is State.READY:
+        least = situation.load <= min(loads, default=situation.load)
+        return Verdict.ACCEPT if least or situation.looks >= LOOKS else Verdict.LOOK_AGAIN
+    if loads or (situation.ever_ready and situation.cold_s < situation.cold_hold_s):
+        return Verdict.LEAVE
+    return Verdict.ACCEPT  # to say 503, so that nobody hangs
+
+
+def should_shed(situation: Situation, now: float) -> bool:
+    """Say whether replies shall close their connection, so that keep-alive clients move to a lesser sibling."""
+    if situation.state is not State.READY or situation.stopping:
+        return True
+    loads = [p.load for p in situation.siblings if p.state is State.READY and now - p.beat <= FRESH_S]
+    return bool(loads) and situation.load > SHED_FACTOR * min(loads) + SHED_MARGIN
+
+
+class Gate:
+    """The rules bound to one slot of a scoreboard."""
+
+    def __init__(self, board: Scoreboard, slot: int, cold_hold_s: float) -> None:
+        """Decide for this slot."""
+        self._board, self._slot, self._cold_hold_s = board, slot, cold_hold_s
+
+    def situation(self, load: int, looks: int = 0) -> Situation:
+        """Read the board; also publishes this worker's load."""
+        board, header = self._board, self._board.header
+        row = board.rows[self._slot]
+        row.load = load
+        return Situation(
+            state=State(row.state),
+            load=load,
+            siblings=board.peers(without=self._slot),
+            looks=looks,
+            ever_ready=bool(header.ever_ready),
+            cold_s=time.monotonic() - header.last_ready,
+            cold_hold_s=self._cold_hold_s,
+            stopping=bool(header.stopping),
+        )
+
+    def verdict(self, load: int, looks: int) -> Verdict:
+        """Decide about the next waiting connection."""
+        return decide(self.situation(load, looks), time.monotonic())
+
+    def sheds(self, load: int) -> bool:
+        """Decide whether a reply shall close its connection."""
+        return should_shed(self.situation(load), time.monotonic())
+
+    @property
+    def siblings_serve(self) -> bool:
+        """Whether another worker is READY."""
+        return any(p.state is State.READY and time.monotonic() - p.beat <= FRESH_S for p in self.situation(0).siblings)
+
+
+class GatedServer(Server):
+    """A uvicorn server that accepts by itself, one connection a wake, when its gate says so."""
+
+    def __init__(
+        self, config: Config, listeners: Sequence[socket.socket], verdict: Callable[[int, int], Verdict] | None = None
+    ) -> None:
+        """Serve these listeners; without a verdict every connection is accepted."""
+        super().__init__(config)
+        self.extra_load: Callable[[], int] = lambda: 0
+        self._listeners = list(listeners)
+        self._verdict = verdict or (lambda _load, _looks: Verdict.ACCEPT)
+        self._looks = 0
+        self._unread: deque[tuple[Any, float]] = deque()
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def load(self) -> int:
+        """Requests in work, what `extra_load` adds (texts), and connections whose request is still unread."""
+        return len(self.server_state.tasks) + self.extra_load() + self.unread
+
+    @property
+    def unread(self) -> int:
+        """Connections accepted a moment ago that have not sent a whole request head yet."""
+        unread, old = self._unread, time.monotonic() - SILENT_S
+        while unread and (unread[0][1] < old or _has_spoken(unread[0][0])):
+            unread.popleft()
+        return len(unread) + len(self._connecting)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to the worker: two servers share its loop."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start without asyncio's accept, then watch the listeners."""
+        del sockets
+        await super().startup(sockets=[])
+        self._loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            listener.setblocking(False)
+            self._watch(listener)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, then let uvicorn finish what is in flight."""
+        del sockets
+        self.stop_accepting()
+        await super().shutdown()
+
+    def stop_accepting(self) -> None:
+        """Take no connection any more; those queued stay in the kernel for the siblings."""
+        if not self._closed:
+            self._closed = True
+            for listener in self._listeners:
+                self._loop.remove_reader(listener.fileno())
+
+    def accept_waiting(self) -> int:
+        """Accept everything that is queued (the service stops: what stays would be reset); return how many."""
+        return sum(1 for listener in self._listeners for _ in iter(lambda lis=listener: self._accept(lis), False))
+
+    def close_silent(self) -> None:
+        """Close connections that never sent a request; a warm worker will take the next attempt."""
+        for connection in list(self.server_state.connections):
+            if not _has_spoken(connection):
+                connection.shutdown()
+
+    def _watch(self, listener: socket.socket) -> None:
+        if not self._closed:
+            self._loop.add_reader(listener.fileno(), self._on_waiting, listener)
+
+    def _on_waiting(self, listener: socket.socket) -> None:
+        """A connection waits: take it, or look away for a while (a watched, level-triggered listener would spin)."""
+        verdict = self._verdict(self.load, self._looks)
+        if verdict is Verdict.ACCEPT:
+            self._looks = 0
+            self._accept(listener)
+            return
+        self._looks = self._looks + 1 if verdict is Verdict.LOOK_AGAIN else 0
+        self._rest(listener, LOOK_AGAIN_S if verdict is Verdict.LOOK_AGAIN else TICK_S)
+
+    def _rest(self, listener: socket.socket, seconds: float) -> None:
+        self._loop.remove_reader(listener.fileno())
+        self._loop.call_later(seconds, self._watch, listener)
+
+    def _accept(self, listener: socket.socket) -> bool:
+        """Accept one connection, if there still is one."""
+        try:
+            connection, _ = listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # a sibling was quicker
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            self._rest(listener, 1.0)  # no descriptors: trying again at once would spin
+            return False
+        connection.setblocking(False)
+        task = self._loop.create_task(self._connect(connection))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+        return True
+
+    async def _connect(self, connection: socket.socket) -> None:
+        try:
+            _, protocol = await self._loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+        except OSError:  # the client is gone, or spoke no TLS
+            connection.close()
+            return
+        self._unread.append((protocol, time.monotonic()))
+
+    def _protocol(self) -> asyncio.Protocol:
+        config = self.config
+        protocol: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg, assignment]
+            config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=self._loop
+        )
+        return protocol
+
+
+def _has_spoken(protocol: Any) -> bool:  # noqa: ANN401 - one of uvicorn's two HTTP protocols
+    """Whether a connection has sent a request, or is gone."""
+    return protocol.cycle is not None or protocol.transport is None or protocol.transport.is_closing()
+
+
+class Shedding:
+    """ASGI wrapper: adds `Connection: close` to replies while `sheds()` says so."""
+
+    def __init__(self, app: ASGI3Application, sheds: Callable[[], bool]) -> None:
+        """Wrap the app."""
+        self._app, self._sheds = app, sheds
+
+    async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """Pass everything on, and edit the head of the reply."""
+
+        async def send_head(event: ASGISendEvent) -> None:
+            if event["type"] == "http.response.start" and self._sheds():
+                event["headers"] = [*event.get("headers", ()), (b"connection", b"close")]
+            await send(event)
+
+        await self._app(scope, receive, send_head)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arbiter's side of the fleet: start, place, bury, resize, roll, stop. Arbiter, main loop.
+
+The arbiter only marks and counts; workers drive themselves. It starts no thread and no process,
+and never touches CUDA: it forks for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from service import device, metrics, preflight
+from service.errors import WarmfleetError
+from service.fleet import SPARE_SLOTS, Fleet
+from service.lifecycle import Failure, Stage, State
+from service.logging import get
+from service.scoreboard import FAILURES, now
+from service.settings import load
+from service.slots import after_death, choose_device, leaving_order, lowest_free
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from gunicorn.arbiter import Arbiter
+
+    from service.worker import FleetWorker
+
+LOG = get()
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+IGNORED_EARLY = (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def start(server: Arbiter) -> None:
+    """Refuse what cannot work, before torch is imported; then prepare metrics, signals and environment."""
+    try:
+        settings = load()
+        if len(server.address) < 2:  # noqa: PLR2004 - main and ops
+            msg = "gunicorn's --bind replaces both listeners; set WARMFLEET_BIND and WARMFLEET_OPS_BIND instead"
+            raise WarmfleetError(msg)
+        if os.environ.get("GUNICORN_PID"):
+            msg = "a second arbiter (USR2) would share slots and memory with the first; roll with HUP instead"
+            raise WarmfleetError(msg)
+        preflight.check(settings)
+    except WarmfleetError as error:
+        refuse(error)
+    server.metrics_dir = None if settings.metrics_dir else metrics.open_directory(None)
+    if settings.metrics_dir:
+        metrics.open_directory(settings.metrics_dir)
+    device.prepare_environment()
+    # Until Gunicorn's own handlers: PID 1 would ignore SIGTERM, and an early TTIN would stop the process.
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, _stop_during_import)
+    for signum in IGNORED_EARLY:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def refuse(error: WarmfleetError) -> NoReturn:
+    """Print the one line and end with exit code 1."""
+    print(f"warmfleet: {error}", file=sys.stderr)  # noqa: T201 - for the person at the terminal, in any log format
+    sys.exit(1)
+
+
+def _stop_during_import(signum: int, _frame: FrameType | None) -> None:
+    """Nothing serves yet, so there is nothing to finish."""
+    os.write(2, f"warmfleet: stopped by {signal.Signals(signum).name} while importing\n".encode())
+    os._exit(0)
+
+
+def make_fleet(server: Arbiter) -> None:
+    """Make the table and the permits that all forks share."""
+    settings = load()
+    state = server.app.wsgi().state
+    devices = preflight.check(settings).devices
+    server.fleet = Fleet.make(settings, devices, state.folder, server.num_workers)
+    server.fleet.board.header.import_seconds = state.import_seconds
+    server.fleet.board.header.preload_seconds = state.preload_seconds
+    server.exits = ExitWatcher()
+    server.log.error_log.addFilter(server.exits)
+    LOG.info(
+        "imports took %.2f s, preloaded weights %.2f s; %d workers on %s",
+        state.import_seconds,
+        state.preload_seconds,
+        server.num_workers,
+        ", ".join(devices),
+    )
+
+
+def take_over(server: Arbiter) -> None:
+    """Check that forks will be sound, then give reload, upgrade and stop our meaning."""
+    try:
+        device.assert_fork_safe()
+    except WarmfleetError as error:
+        refuse(error)
+    stop = server.stop
+
+    def stop_and_tell(graceful: bool = True) -> None:  # noqa: FBT001, FBT002 - Gunicorn's signature
+        server.fleet.board.header.stopping = 1
+        stop(graceful)
+
+    server.stop = stop_and_tell
+    server.handle_hup = lambda: roll(server)
+    server.handle_usr2 = refuse_upgrade
+    os.register_at_fork(before=_block_stops, after_in_parent=_unblock_stops, after_in_child=_default_stops)
+
+
+def _block_stops() -> None:
+    """Hold stop signals back across the fork: a child that still had our handlers would lose them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _unblock_stops() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _default_stops() -> None:
+    for signum in (signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _unblock_stops()
+
+
+def roll(server: Arbiter) -> None:
+    """Declare a new epoch; workers of an older one leave one by one, as the fleet can do without them."""
+    server.fleet.board.header.roll_epoch += 1
+    LOG.info("rolling restart: epoch %d", server.fleet.board.header.roll_epoch)
+
+
+def refuse_upgrade() -> None:
+    """Say why not: a second arbiter would number its slots from 0 again and double the models."""
+    LOG.error("USR2 is refused: a second arbiter would double every model in memory; roll with HUP instead")
+
+
+def place(server: Arbiter, worker: FleetWorker) -> None:
+    """Give the next worker the lowest free slot, and the slot its device."""
+    fleet: Fleet = server.fleet
+    worker.fleet, worker.slot = fleet, -1
+    held = {other.slot for other in server.WORKERS.values()}
+    for record in fleet.board.records():
+        if record.live and record.slot not in held:  # Gunicorn skips child_exit when a kill finds nobody
+            fleet.board.vacate(record.slot, now())
+    slot = lowest_free(held, fleet.board.capacity)
+    if slot is None:
+        LOG.error("all %d slots are held; the worker will wait and try again", fleet.board.capacity)
+        return
+    taken = [record.device for record in fleet.board.records() if record.live]
+    fleet.board.spawn(slot, choose_device(fleet.devices, taken, fleet.board.record(slot).device), now())
+    fleet.board.note_stage(slot, Stage.IMPORT, fleet.board.header.import_seconds)
+    worker.slot = slot
+
+
+def bury(server: Arbiter, worker: FleetWorker) -> None:
+    """Empty the slot of a worker that is gone; count the failure, if it was one, and set the back-off."""
+    if worker.slot < 0:
+        return
+    board = server.fleet.board
+    row, record, time = board.rows[worker.slot], board.record(worker.slot), now()
+    how = server.exits.pop(worker.pid)
+    failure = _failure(row.exit_reason, row.deadline, record.state, how, time)
+    if failure is not None:
+        row.by_reason[FAILURES.index(failure)] += 1
+        if not row.exit_reason:
+            board.fail(worker.slot, failure, _describe(failure, how))
+        LOG.error("slot %d failed while %s: %s", worker.slot, record.state.label, board.record(worker.slot).error)
+    row.failures, row.backoff_until = after_death(record, time, failed=failure is not None)
+    board.vacate(worker.slot, time)
+
+
+def _failure(noted: int, deadline: float, state: State, how: str, time: float) -> Failure | None:
+    """Name why the worker ended; None if it was asked to."""
+    if noted and state is not State.EMPTY:
+        return FAILURES[noted - 1]
+    if deadline and time >= deadline:
+        return Failure.FORWARD_TIMEOUT if state in (State.READY, State.DRAINING) else Failure.DEADLINE
+    if how == "SIGKILL":
+        return Failure.KILLED
+    if how.startswith("SIG") and how != "SIGTERM":
+        return Failure.CRASHED
+    return Failure.EXITED if how.isdecimal() else None
+
+
+def _describe(failure: Failure, how: str) -> str:
+    match failure:
+        case Failure.DEADLINE:
+            return "the stage took longer than its limit; the log has every stack"
+        case Failure.FORWARD_TIMEOUT:
+            return "a forward pass took longer than forward_timeout; the log has every stack"
+        case Failure.KILLED:
+            return "killed by SIGKILL, perhaps out of memory"
+        case Failure.CRASHED:
+            return f"ended by {how}"
+        case _:
+            return f"exited with code {how}"
+
+
+def resize(server: Arbiter, new: int, old: int) -> None:
+    """Clamp growth to the table; make Gunicorn's next victims those whom the fleet misses least."""
+    fleet: Fleet = server.fleet
+    most = fleet.board.capacity - SPARE_SLOTS // 2
+    if new > most:
+        server._num_workers = most  # noqa: SLF001 - the property would call this hook again
+        LOG.warning("%d workers are wanted; the table has room for %d", new, most)
+    fleet.board.header.target = server.num_workers
+    leaving = len(server.WORKERS) - server.num_workers
+    if new < old and leaving > 0:
+        by_slot = {worker.slot: worker for worker in server.WORKERS.values()}
+        order = [slot for slot in leaving_order(fleet.board.records()) if slot in by_slot][:leaving]
+        lowest = min(worker.age for worker in by_slot.values())
+        for rank, slot in enumerate(order):  # Gunicorn ends the lowest age first
+            by_slot[slot].age = lowest - leaving + rank
+        LOG.info("shrinking to %d workers: slots %s leave", server.num_workers, order)
+
+
+def clean_up(server: Arbiter) -> None:
+    """Remove our own metrics folder."""
+    if server.metrics_dir:
+        shutil.rmtree(server.metrics_dir, ignore_errors=True)
+
+
+def wait_without_slot() -> None:
+    """Worker without a slot: end a second later, so that the arbiter does not fork in a hot loop."""
+    time.sleep(1)
+    os._exit(0)
+
+
+class ExitWatcher(logging.Filter):
+    """Reads how a worker ended off Gunicorn's log record: its hooks do not say."""
+
+    def __init__(self) -> None:
+        """Watch from now on."""
+        super().__init__()
+        self._how: dict[int, str] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep every record; remember `Worker (pid:%s) was sent %s!` and `… exited with code %s.`."""
+        message, args = str(record.msg), record.args
+        if message.startswith("Worker (pid:%s)") and isinstance(args, tuple) and len(args) == 2:  # noqa: PLR2004
+            self._how[int(str(args[0]))] = str(args[1])
+        return True
+
+    def pop(self, pid: int) -> str:
+        """Return the signal's name or the exit code of a dead worker, empty for code 0."""
+        return self._how.pop(pid, "")

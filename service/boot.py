@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a fresh fork to a warm engine. Worker, model thread; blocking, so that the event loop goes on answering."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from service.engine import Engine, Limits
+from service.errors import OutOfMemoryError, WarmupError
+from service.lifecycle import Stage, State
+from service.logging import get
+from service.memory import read_host_memory
+from service.metrics import MetricsObserver
+from service.ops import SKIPPED
+from service.scoreboard import now
+from service.warmup import WarmupResult, warm
+from service.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Executor
+
+    from service.backends.base import Backend
+    from service.fleet import Fleet
+    from service.settings import Settings
+
+LOG = get()
+POLL_S = 0.02
+CPU_BATCH_TOKENS = 512
+"""A quarter of a second on one core for a small model; bigger batches gain nothing there."""
+CUDA_BATCH_TOKENS = 16384
+
+
+def boot(
+    fleet: Fleet, slot: int, backend: Backend, model_thread: Executor, device_lost: Callable[[str], None]
+) -> Engine:
+    """Wait for the turn, load, warm, measure; return the engine of a warm model.
+
+    Raises:
+        BootError: the model cannot be loaded, or computes wrongly.
+    """
+    board, settings = fleet.board, fleet.settings
+    watchdog = Watchdog(board.rows[slot])
+    backend.forked(slot, board.rows[slot].generation)
+    with _turn(fleet, slot):
+        board.enter(slot, State.LOADING, now())
+        with watchdog.within(settings.load_timeout):
+            _load(fleet, slot, backend)
+        board.enter(slot, State.WARMING, now())
+        with watchdog.within(settings.warmup_timeout):
+            result = _warm(fleet, slot, backend)
+        measure(fleet, slot, backend)
+    return Engine(
+        backend=backend,
+        limits=_limits(settings, result.max_batch_tokens),
+        model_thread=model_thread,
+        observer=MetricsObserver(slot),
+        watchdog=watchdog.within,
+        device_lost=device_lost,
+    )
+
+
+@contextmanager
+def _turn(fleet: Fleet, slot: int) -> Iterator[None]:
+    """Sit out the slot's back-off, then hold a load permit: load peaks must not add up."""
+    board, began = fleet.board, now()
+    row = board.rows[slot]
+    if row.backoff_until > began:
+        board.enter(slot, State.BACKOFF, began)
+        LOG.warning("waiting %.1f s before the next try: %d failures in a row", row.backoff_until - began, row.failures)
+        time.sleep(row.backoff_until - began)
+    board.enter(slot, State.WAITING, now())
+    while (permit := fleet.load_permits.try_acquire()) is None:
+        time.sleep(POLL_S)
+    board.note_stage(slot, Stage.WAIT, now() - began)
+    try:
+        yield
+    finally:
+        fleet.load_permits.release(permit)
+
+
+def _load(fleet: Fleet, slot: int, backend: Backend) -> None:
+    """Bring the weights to the device, unless the arbiter has already loaded them for all."""
+    began = now()
+    backend.load()
+    loaded = now()
+    backend.place()
+    fleet.board.note_stage(slot, Stage.LOAD, loaded - began)
+    fleet.board.note_stage(slot, Stage.TO_DEVICE, now() - loaded)
+
+
+def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
+    """Warm up at the declared limits, progress on the scoreboard and in the log."""
+    board, settings = fleet.board, fleet.settings
+    cuda = fleet.devices != ("cpu",)
+    budget = settings.max_batch_tokens or max(CUDA_BATCH_TOKENS if cuda else CPU_BATCH_TOKENS, backend.max_tokens)
+    backend.max_tokens = min(backend.max_tokens, budget)  # a longer text could never be computed
+    began = now()
+    if settings.skip_warmup:
+        LOG.warning("%s", SKIPPED)
+        result = WarmupResult([], budget)
+    else:
+        LOG.info("warming up with at most %d tokens a batch", budget)
+        try:
+            result = warm(
+                backend,
+                max_batch_tokens=budget,
+                shapes=[_shape(text) for text in settings.warmup_shapes],
+                known=board.record(slot).shapes,
+                max_rounds=settings.warmup_rounds,
+                budget_s=settings.warmup_budget,
+                report=lambda done, doing: board.note_progress(slot, done, doing),
+            )
+        except OutOfMemoryError as error:
+            raise WarmupError(str(error)) from error
+        board.note_shapes(slot, result.shapes)
+    if result.max_batch_tokens < budget:
+        LOG.warning("max_batch_tokens is lowered from %d to %d: no room for more", budget, result.max_batch_tokens)
+        backend.max_tokens = min(backend.max_tokens, result.max_batch_tokens)
+    board.rows[slot].max_batch_tokens = result.max_batch_tokens
+    board.note_stage(slot, Stage.WARMUP, now() - began)
+    return result
+
+
+def measure(fleet: Fleet, slot: int, backend: Backend) -> None:
+    """Put this process's memory on the scoreboard; some 40 ms, so never on the event loop."""
+    host = read_host_memory()
+    if host is not None:
+        fleet.board.note_memory(slot, rss=host.rss_bytes, pss=host.pss_bytes, uss=host.uss_bytes)
+    device = backend.memory()
+    if device is not None:
+        fleet.board.note_memory(
+            slot,
+            device_allocated=device.allocated_bytes,
+            device_reserved=device.reserved_bytes,
+            device_peak=device.peak_bytes,
+        )
+
+
+def _limits(settings: Settings, max_batch_tokens: int) -> Limits:
+    return Limits(
+        max_batch_tokens=max_batch_tokens,
+        max_concurrent_texts=settings.max_concurrent_requests,
+        max_client_batch_size=settings.max_client_batch_size,
+        auto_truncate=settings.auto_truncate,
+        forward_timeout_s=settings.forward_timeout,
+    )
+
+
+def _shape(text: str) -> tuple[int, int]:
+    texts, _, tokens = text.partition("x")
+    return int(texts), int(tokens)

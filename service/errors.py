@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error the service raises, with its consequence beside it. Both processes.
+
+    settings ── SettingsError ─────────────► exit 1 before torch is imported
+    boot ────── ModelError, WarmupError ───► slot FAILED; respawn, or halt the arbiter with exit 3
+    request ─── RequestError ──────────────► the HTTP status and error type on the class
+    forward ─── OutOfMemoryError ──────────► this request only (503), or a smaller budget in warm-up
+                DeviceLostError ───────────► the worker ends for a fresh one
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import ClassVar
+
+
+class WarmfleetError(Exception):
+    """Root of all errors raised on purpose; its text is written for people."""
+
+
+class SettingsError(WarmfleetError):
+    """A setting, or what it points to, cannot work. Exit code 1, one line, before torch."""
+
+
+class ForkUnsafeError(WarmfleetError):
+    """The arbiter has touched CUDA or kept a thread: its forks would be broken. Exit code 1."""
+
+
+class BootError(WarmfleetError):
+    """A worker could not become ready; `reason` labels the failure in the metrics."""
+
+    reason: ClassVar[str] = "load"
+
+
+class ModelError(BootError):
+    """The model could not be loaded."""
+
+
+class WarmupError(BootError):
+    """The model loaded, but what it computes in warm-up is wrong or does not fit."""
+
+    reason = "warmup"
+
+
+class OutOfMemoryError(WarmfleetError):
+    """The device, or the host, had no room for this batch."""
+
+
+class DeviceLostError(WarmfleetError):
+    """The device context is poisoned; only a fresh process can use the device again."""
+
+
+class RequestError(WarmfleetError):
+    """A request that is answered with an error: `status`, `kind` and a sentence.
+
+    Attributes:
+        status: HTTP status of the answer.
+        kind: error type in the body, in text-embeddings-inference's vocabulary.
+        retry_after_s: seconds for the `Retry-After` header, if any.
+    """
+
+    status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+    kind: ClassVar[str] = "backend"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        """Keep the sentence and, for errors that pass, when to come back."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequestError(RequestError):
+    """The body is not what the endpoint takes."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    kind = "validation"
+
+
+class TooLargeError(RequestError):
+    """The request alone exceeds a limit; it can never be served."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    kind = "validation"
+
+
+class UnauthorizedError(RequestError):
+    """An API key is set, and the request does not carry it."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    kind = "unauthorized"
+
+
+class OverloadedError(RequestError):
+    """Full: as many texts are admitted as `max_concurrent_requests` allows."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    kind = "overloaded"
+
+
+class NotReadyError(RequestError):
+    """Early: no warm model is behind this worker yet."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    kind = "unhealthy"
+
+
+class InferenceError(RequestError):
+    """The forward pass of this request failed; others are not affected."""
+
+    kind = "backend"

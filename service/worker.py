@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a worker process: answer probes, boot, serve, drain. Worker, event loop.
+
+Until READY nothing is worth draining, so SIGTERM keeps its default action and works even
+inside C code. SIGINT and SIGHUP reach the whole process group from a terminal; they are the
+arbiter's to handle, and ignored here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from uvicorn.config import Config
+from uvicorn_worker import UvicornWorker
+
+from service.accept import Gate, GatedServer, Shedding
+from service.boot import measure
+from service.errors import WarmfleetError, WarmupError
+from service.lifecycle import Failure, State
+from service.logging import get
+from service.ops import create_ops_app
+from service.scoreboard import now
+from service.slots import device_is_dead, halt_is_due, may_leave
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from service.fleet import Fleet
+
+LOG = get()
+BEAT_S = 0.1
+NOTIFY_S = 1.0
+MEASURE_S = 15.0
+SETTLE_S = 0.25
+"""For the last accepted connections to send their request before a drain closes silent ones."""
+BOOT_ERROR = 3
+"""Gunicorn halts its arbiter when a worker exits so."""
+
+HTTP: dict[str, Any] = {
+    "loop": "auto",
+    "http": "httptools" if find_spec("httptools") else "h11",
+    "ws": "none",
+    "lifespan": "off",
+}
+
+
+class FleetWorker(UvicornWorker):
+    """One slot's process. `fleet` and `slot` are set by the arbiter just before the fork."""
+
+    CONFIG_KWARGS: ClassVar[dict[str, Any]] = HTTP
+    fleet: Fleet
+    slot: int
+
+    def init_process(self) -> None:
+        """Move the `post_worker_init` hook aside: it loads and warms, and must not block the event loop."""
+        self._boot_hook: Callable[[FleetWorker], None] = self.cfg.post_worker_init
+        self.cfg.set("post_worker_init", lambda worker: None)  # noqa: ARG005 - Gunicorn checks the arity
+        super().init_process()
+
+    def init_signals(self) -> None:
+        """Let signals end the process until it is READY; a crash prints every stack."""
+        super().init_signals()
+        for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+            signal.signal(signum, signal.SIG_IGN)
+        faulthandler.enable()
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+    async def _serve(self) -> None:
+        """Live: listeners, boot, traffic, drain."""
+        self._leave = asyncio.Event()
+        self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        await self._open_listeners()
+        pulse = asyncio.create_task(self._pulse())
+        pulse.add_done_callback(self._pulse_ended)
+        await self._boot()
+        await self._leave.wait()
+        await self._drain()
+        pulse.cancel()
+
+    # Opening
+
+    async def _open_listeners(self) -> None:
+        """Answer ops at once, and main as the gate says; arm the heartbeat before anything can block."""
+        settings = self.fleet.settings
+        *main, ops = [getattr(listener, "sock", listener) for listener in self.sockets]
+        gate = Gate(self.fleet.board, self.slot, settings.cold_hold)
+        self.wsgi.state.fleet, self.wsgi.state.slot = self.fleet, self.slot
+
+        self.config.app = Shedding(self.wsgi, lambda: gate.sheds(self._main.load))
+        self.config.callback_notify = None
+        self.config.timeout_graceful_shutdown = max(1, settings.graceful_timeout - int(settings.drain_grace) - 2)
+        self._main = GatedServer(self.config, main, gate.verdict)
+        self._main.extra_load = self._texts
+        self._gate = gate
+
+        app = create_ops_app(self.fleet, {"main": main, "ops": [ops]})
+        config = Config(app=app, log_config=None, timeout_keep_alive=5, timeout_graceful_shutdown=1, **HTTP)
+        self._ops = GatedServer(config, [ops])
+        self._tasks = {server: asyncio.create_task(server.serve()) for server in (self._ops, self._main)}
+        while not (self._ops.started and self._main.started):
+            await asyncio.sleep(0)
+        self.notify()
+        faulthandler.cancel_dump_traceback_later()  # of post_fork: the event loop runs
+
+    # Booting
+
+    async def _boot(self) -> None:
+        """Run the `post_worker_init` hook on the model thread; become READY, or say why not and end."""
+        board, settings = self.fleet.board, self.fleet.settings
+        row, header = board.rows[self.slot], board.header
+        given_up = row.failures >= settings.boot_attempts and not header.ever_ready
+        if given_up or device_is_dead(board.records(), board.record(self.slot).device):
+            await self._park()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.model_thread, self._boot_hook, self)
+        except Exception as error:  # whatever the model's code raises
+            await self._boot_failed(error)
+        self._become_ready()
+
+    def _become_ready(self) -> None:
+        """Handle SIGTERM first, open the gate second: from here on there is something to drain."""
+        loop, board = asyncio.get_running_loop(), self.fleet.board
+        for signum in (signal.SIGTERM, signal.SIGQUIT):
+            loop.add_signal_handler(signum, self._leave.set)
+        board.rows[self.slot].ready_at = board.header.last_ready = now()
+        board.header.ever_ready = 1
+        board.enter(self.slot, State.READY, now())
+        record = board.record(self.slot)
+        seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in record.stage_seconds.items())
+        LOG.info("ready on %s: %s", record.device, seconds)
+
+    async def _boot_failed(self, error: Exception) -> None:
+        """Leave the reason on the scoreboard; make way for the next try, or stay and tell."""
+        board, settings = self.fleet.board, self.fleet.settings
+        expected = isinstance(error, WarmfleetError)
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        LOG.error("the boot failed: %s", text, exc_info=None if expected else error)
+        board.fail(self.slot, Failure.WARMUP if isinstance(error, WarmupError) else Failure.LOAD, text)
+        if board.header.ever_ready or board.rows[self.slot].failures + 1 < settings.boot_attempts:
+            self._exit(1)
+        await self._park()
+
+    async def _park(self) -> None:
+        """FAILED: answer probes with the reason, until another try makes sense or nobody tries any more."""
+        board, permit = self.fleet.board, self.fleet.halt_permit
+        board.enter(self.slot, State.FAILED, now())
+        device, header = board.record(self.slot).device, board.header
+        LOG.error("giving up on slot %d: %s", self.slot, board.record(self.slot).error)
+        while True:
+            records = board.records()
+            if halt_is_due(records, target=header.target, ever_ready=bool(header.ever_ready)):
+                # Exactly one may exit so: a second would break the arbiter's own halt.
+                if permit.try_acquire() is not None and not header.halting:
+                    header.halting = 1
+                    LOG.critical("no worker can become ready; stopping: %s", board.record(self.slot).error)
+                    self._exit(BOOT_ERROR)
+            elif header.ever_ready and not device_is_dead(records, device):
+                self._exit(1)
+            elif board.rows[self.slot].epoch < header.roll_epoch:  # an operator asked for another try
+                board.enter(self.slot, State.DRAINING, now())
+                self._exit(0)
+            await asyncio.sleep(BEAT_S)
+
+    # Serving
+
+    async def _pulse(self) -> None:
+        """Beat: liveness, load and memory on the scoreboard, and what a worker must notice by itself."""
+        board, loop = self.fleet.board, asyncio.get_running_loop()
+        row, header = board.rows[self.slot], board.header
+        notified = measured = now()
+        while True:
+            time = now()
+            row.beat, row.load = time, self._main.load
+            if time - notified >= NOTIFY_S:
+                notified = time
+                self.notify()
+            if row.state == State.READY:
+                header.last_ready = time
+                if time - measured >= MEASURE_S:
+                    measured = time
+                    loop.run_in_executor(None, measure, self.fleet, self.slot, self.wsgi.state.engine.backend)
+                self._roll_if_asked()
+            elif row.state != State.DRAINING and self._gate.siblings_serve:
+                self._main.close_silent()
+            if os.getppid() != self.ppid:
+                self._orphaned()
+            await asyncio.sleep(BEAT_S)
+
+    def _roll_if_asked(self) -> None:
+        """Leave, one worker at a time, if a newer epoch was declared and the others can do without this one."""
+        fleet, board = self.fleet, self.fleet.board
+        if board.rows[self.slot].epoch >= board.header.roll_epoch or self._leave.is_set():
+            return
+        target, floor = board.header.target, fleet.settings.ready_floor
+        can_leave = partial(may_leave, me=self.slot, target=target, floor=floor)
+        if not can_leave(board.records()) or fleet.roll_permit.try_acquire() is None:
+            return
+        if can_leave(board.records()):  # the permit's last holder may have left a moment ago
+            LOG.info("rolling to epoch %d", board.header.roll_epoch)
+            self._leave.set()
+        else:
+            fleet.roll_permit.release(0)
+
+    def _orphaned(self) -> None:
+        """The arbiter is gone: nothing may run on after it."""
+        if not self._leave.is_set():
+            LOG.critical("the arbiter is gone; stopping")
+            self.fleet.board.header.stopping = 1
+            self._leave.set()
+        if self.fleet.board.rows[self.slot].state not in (State.READY, State.DRAINING):
+            self._exit(1)
+
+    def device_lost(self, message: str) -> None:
+        """Model thread: the device needs a fresh process; answer what is in flight, then leave."""
+        self.fleet.board.fail(self.slot, Failure.DEVICE_LOST, message)
+        self._main._loop.call_soon_threadsafe(self._leave.set)
+
+    # Leaving
+
+    async def _drain(self) -> None:
+        """Stop accepting, finish, go. When the whole service stops, accept to the last: what is queued would be reset."""
+        board, main, settings = self.fleet.board, self._main, self.fleet.settings
+        header = board.header
+        board.enter(self.slot, State.DRAINING, now())
+        LOG.info("draining: %d requests in work", main.load)
+        until = now() + settings.drain_grace
+        while now() < until and (header.stopping or main.server_state.connections):
+            await asyncio.sleep(min(0.02, settings.drain_grace))
+        if header.stopping:
+            main.accept_waiting()
+        main.stop_accepting()
+        until = now() + SETTLE_S
+        while now() < until and main.unread:
+            await asyncio.sleep(0.01)
+        for server in (main, self._ops):
+            server.should_exit = True
+            await self._tasks[server]
+        engine = self.wsgi.state.engine
+        if engine.texts:
+            LOG.error("%d texts were not finished in time", engine.texts)
+            self._exit(1)
+        engine.close()
+        self.model_thread.shutdown(wait=False)
+
+    def _exit(self, code: int) -> None:
+        """End at once: interpreter shutdown would wait for threads that are inside C code."""
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def _texts(self) -> int:
+        engine = self.wsgi.state.engine
+        return engine.texts if engine else 0
+
+    def _pulse_ended(self, task: asyncio.Task[None]) -> None:
+        """A worker without a pulse would be taken for dead: die."""
+        if not task.cancelled() and task.exception():
+            LOG.critical("the pulse failed", exc_info=task.exception())
+            self._exit(1)
