@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gunicorn -c gunicorn_conf.py` starts the whole service: settings in Gunicorn's words, hooks by name. No state."""
+"""`gunicorn -c gunicorn_conf.py` starts the service: settings in Gunicorn's words, hooks by name."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own accept on Gunicorn's shared listeners: only when warm, and only the least loaded. Worker, event loop.
+"""Our own accept on Gunicorn's shared listeners: one connection a wake, if the gate says so. Worker.
 
-uvicorn's protocol classes do the HTTP; this file decides which worker takes a connection. Stock
-asyncio accepts the whole backlog in one wake, so the first worker to wake takes a burst alone.
+uvicorn's protocol classes do the HTTP. Stock asyncio accepts the whole backlog in one wake, so
+the first worker to wake takes a burst alone.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import errno
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.server import Server
 
-from service.lifecycle import State
+from service.gate import Verdict
 
 if TYPE_CHECKING:
     import socket
@@ -27,117 +25,20 @@ if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
     from uvicorn.config import Config
 
-    from service.scoreboard import Peer, Scoreboard
-
-FRESH_S = 0.5
-"""Rows with an older beat do not count: a stopped sibling must not hold the others back."""
 LOOK_AGAIN_S = 0.001
 TICK_S = 0.05
-LOOKS = 50
-"""Looks after which a worker that is not the least loaded accepts anyway."""
 SILENT_S = 1.0
 """A connection that has sent nothing for so long is no load: it may never send anything."""
-SHED_FACTOR, SHED_MARGIN = 1.5, 2
-
-
-class Verdict(Enum):
-    """What to do with a connection that waits in the kernel's queue."""
-
-    ACCEPT = auto()
-    LOOK_AGAIN = auto()
-    LEAVE = auto()
-
-
-@dataclass(frozen=True)
-class Situation:
-    """All that the rules look at.
-
-    Attributes:
-        state: this worker's state.
-        load: this worker's load.
-        siblings: rows of the other live workers.
-        looks: how often this worker has looked at the waiting connection already.
-        ever_ready: whether any worker was ever READY.
-        cold_s: seconds since any worker was READY.
-        cold_hold_s: seconds for which connections are held while no worker is READY.
-        stopping: whether the whole service is going away.
-    """
-
-    state: State
-    load: int
-    siblings: Sequence[Peer]
-    looks: int = 0
-    ever_ready: bool = True
-    cold_s: float = 0.0
-    cold_hold_s: float = 10.0
-    stopping: bool = False
-
-
-def decide(situation: Situation, now: float) -> Verdict:
-    """Apply the rules of accepting, in the order in which they are asked (docs/decisions/0001)."""
-    loads = [p.load for p in situation.siblings if p.state is State.READY and now - p.beat <= FRESH_S]
-    if situation.stopping:
-        return Verdict.ACCEPT if situation.state in (State.READY, State.DRAINING) else Verdict.LEAVE
-    if situation.state is State.DRAINING:
-        return Verdict.LEAVE
-    if situation.state is State.READY:
-        least = situation.load <= min(loads, default=situation.load)
-        return Verdict.ACCEPT if least or situation.looks >= LOOKS else Verdict.LOOK_AGAIN
-    if loads or (situation.ever_ready and situation.cold_s < situation.cold_hold_s):
-        return Verdict.LEAVE
-    return Verdict.ACCEPT  # to say 503, so that nobody hangs
-
-
-def should_shed(situation: Situation, now: float) -> bool:
-    """Say whether replies shall close their connection, so that keep-alive clients move to a lesser sibling."""
-    if situation.state is not State.READY or situation.stopping:
-        return True
-    loads = [p.load for p in situation.siblings if p.state is State.READY and now - p.beat <= FRESH_S]
-    return bool(loads) and situation.load > SHED_FACTOR * min(loads) + SHED_MARGIN
-
-
-class Gate:
-    """The rules bound to one slot of a scoreboard."""
-
-    def __init__(self, board: Scoreboard, slot: int, cold_hold_s: float) -> None:
-        """Decide for this slot."""
-        self._board, self._slot, self._cold_hold_s = board, slot, cold_hold_s
-
-    def situation(self, load: int, looks: int = 0) -> Situation:
-        """Read the board; also publishes this worker's load."""
-        board, header = self._board, self._board.header
-        row = board.rows[self._slot]
-        row.load = load
-        return Situation(
-            state=State(row.state),
-            load=load,
-            siblings=board.peers(without=self._slot),
-            looks=looks,
-            ever_ready=bool(header.ever_ready),
-            cold_s=time.monotonic() - header.last_ready,
-            cold_hold_s=self._cold_hold_s,
-            stopping=bool(header.stopping),
-        )
-
-    def verdict(self, load: int, looks: int) -> Verdict:
-        """Decide about the next waiting connection."""
-        return decide(self.situation(load, looks), time.monotonic())
-
-    def sheds(self, load: int) -> bool:
-        """Decide whether a reply shall close its connection."""
-        return should_shed(self.situation(load), time.monotonic())
-
-    @property
-    def siblings_serve(self) -> bool:
-        """Whether another worker is READY."""
-        return any(p.state is State.READY and time.monotonic() - p.beat <= FRESH_S for p in self.situation(0).siblings)
 
 
 class GatedServer(Server):
     """A uvicorn server that accepts by itself, one connection a wake, when its gate says so."""
 
     def __init__(
-        self, config: Config, listeners: Sequence[socket.socket], verdict: Callable[[int, int], Verdict] | None = None
+        self,
+        config: Config,
+        listeners: Sequence[socket.socket],
+        verdict: Callable[[int, int], Verdict] | None = None,
     ) -> None:
         """Serve these listeners; without a verdict every connection is accepted."""
         super().__init__(config)
@@ -148,6 +49,7 @@ class GatedServer(Server):
         self._unread: deque[tuple[Any, float]] = deque()
         self._connecting: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.accepting = asyncio.Event()
 
     @property
     def load(self) -> int:
@@ -175,6 +77,7 @@ class GatedServer(Server):
         for listener in self._listeners:
             listener.setblocking(False)
             self._watch(listener)
+        self.accepting.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, then let uvicorn finish what is in flight."""
@@ -189,9 +92,11 @@ class GatedServer(Server):
             for listener in self._listeners:
                 self._loop.remove_reader(listener.fileno())
 
-    def accept_waiting(self) -> int:
-        """Accept everything that is queued (the service stops: what stays would be reset); return how many."""
-        return sum(1 for listener in self._listeners for _ in iter(lambda lis=listener: self._accept(lis), False))
+    def accept_waiting(self) -> None:
+        """Accept everything that is queued: when the service stops, what stays would be reset."""
+        for listener in self._listeners:
+            while self._accept(listener):
+                pass
 
     def close_silent(self) -> None:
         """Close connections that never sent a request; a warm worker will take the next attempt."""
@@ -204,7 +109,7 @@ class GatedServer(Server):
             self._loop.add_reader(listener.fileno(), self._on_waiting, listener)
 
     def _on_waiting(self, listener: socket.socket) -> None:
-        """A connection waits: take it, or look away for a while (a watched, level-triggered listener would spin)."""
+        """Take the waiting connection, or look away for a while: a level-triggered reader would spin."""
         verdict = self._verdict(self.load, self._looks)
         if verdict is Verdict.ACCEPT:
             self._looks = 0
@@ -236,7 +141,9 @@ class GatedServer(Server):
 
     async def _connect(self, connection: socket.socket) -> None:
         try:
-            _, protocol = await self._loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+            _, protocol = await self._loop.connect_accepted_socket(
+                self._protocol, connection, ssl=self.config.ssl
+            )
         except OSError:  # the client is gone, or spoke no TLS
             connection.close()
             return
@@ -244,7 +151,7 @@ class GatedServer(Server):
 
     def _protocol(self) -> asyncio.Protocol:
         config = self.config
-        protocol: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg, assignment]
+        protocol: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
             config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=self._loop
         )
         return protocol

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The API listener: validate, hand to the engine, encode. Made in the arbiter, given its engine in the worker."""
+"""The API listener: validate, hand to the engine, encode. Made in the arbiter, serves in the worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from service import __version__
-from service.engine import Engine
+from service.engine import Engine  # noqa: TC001 - FastAPI reads the annotations
 from service.errors import InvalidRequestError, NotReadyError, RequestError, TooLargeError, UnauthorizedError
 from service.metrics import REQUESTS, STAGE_SECONDS
 from service.ops import health_payload, ready_payload, reply
@@ -101,7 +101,7 @@ async def embed_request(
 async def embed(
     model: Annotated[Engine, Depends(engine)], request: Annotated[EmbedRequest, Depends(embed_request)]
 ) -> Response:
-    """Embed texts: a bare JSON array answers `{"embeddings": …}`, `{"inputs": …}` answers a list of vectors."""
+    """Embed texts: a bare array answers `{"embeddings": …}`, `{"inputs": …}` a list of vectors."""
     result = await model.embed(request.texts, truncate=request.truncate)
     return Response(
         request.encode(result.vectors),
@@ -117,7 +117,9 @@ async def info(model: Annotated[Engine, Depends(engine)], request: Request) -> d
         "model_id": settings.model_id,
         "model_sha": settings.revision,
         "model_dtype": model.backend.dtype,
-        "model_type": {"embedding": {"dimension": model.backend.dimension, "normalized": model.backend.normalized}},
+        "model_type": {
+            "embedding": {"dimension": model.backend.dimension, "normalized": model.backend.normalized}
+        },
         "max_input_length": model.backend.max_tokens,
         "max_batch_tokens": model.limits.max_batch_tokens,
         "max_concurrent_requests": model.limits.max_concurrent_texts,

@@ -7,7 +7,6 @@ and never touches CUDA: it forks for as long as it lives.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -15,10 +14,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from service import device, metrics, preflight
-from service.errors import WarmfleetError
+from service import device, exits, metrics, preflight
+from service.errors import SettingsError, WarmfleetError
 from service.fleet import SPARE_SLOTS, Fleet
-from service.lifecycle import Failure, Stage, State
+from service.lifecycle import Stage
 from service.logging import get
 from service.scoreboard import FAILURES, now
 from service.settings import load
@@ -40,24 +39,28 @@ def start(server: Arbiter) -> None:
     """Refuse what cannot work, before torch is imported; then prepare metrics, signals and environment."""
     try:
         settings = load()
-        if len(server.address) < 2:  # noqa: PLR2004 - main and ops
-            msg = "gunicorn's --bind replaces both listeners; set WARMFLEET_BIND and WARMFLEET_OPS_BIND instead"
-            raise WarmfleetError(msg)
-        if os.environ.get("GUNICORN_PID"):
-            msg = "a second arbiter (USR2) would share slots and memory with the first; roll with HUP instead"
-            raise WarmfleetError(msg)
+        _check_gunicorn(server)
         preflight.check(settings)
     except WarmfleetError as error:
         refuse(error)
-    server.metrics_dir = None if settings.metrics_dir else metrics.open_directory(None)
-    if settings.metrics_dir:
-        metrics.open_directory(settings.metrics_dir)
+    folder = metrics.open_directory(settings.metrics_dir)
+    server.metrics_dir = None if settings.metrics_dir else folder
     device.prepare_environment()
     # Until Gunicorn's own handlers: PID 1 would ignore SIGTERM, and an early TTIN would stop the process.
     for signum in STOP_SIGNALS:
         signal.signal(signum, _stop_during_import)
     for signum in IGNORED_EARLY:
         signal.signal(signum, signal.SIG_IGN)
+
+
+def _check_gunicorn(server: Arbiter) -> None:
+    """Refuse what Gunicorn's own command line or signals can ask for and the fleet cannot do."""
+    if len(server.address) < 2:  # noqa: PLR2004 - main and ops
+        msg = "gunicorn's --bind replaces both listeners; set WARMFLEET_BIND and WARMFLEET_OPS_BIND instead"
+        raise SettingsError(msg)
+    if os.environ.get("GUNICORN_PID"):
+        msg = "a second arbiter (USR2) would share slots and memory with the first; roll with HUP instead"
+        raise SettingsError(msg)
 
 
 def refuse(error: WarmfleetError) -> NoReturn:
@@ -80,7 +83,7 @@ def make_fleet(server: Arbiter) -> None:
     server.fleet = Fleet.make(settings, devices, state.folder, server.num_workers)
     server.fleet.board.header.import_seconds = state.import_seconds
     server.fleet.board.header.preload_seconds = state.preload_seconds
-    server.exits = ExitWatcher()
+    server.exits = exits.ExitWatcher()
     server.log.error_log.addFilter(server.exits)
     LOG.info(
         "imports took %.2f s, preloaded weights %.2f s; %d workers on %s",
@@ -161,41 +164,16 @@ def bury(server: Arbiter, worker: FleetWorker) -> None:
     board = server.fleet.board
     row, record, time = board.rows[worker.slot], board.record(worker.slot), now()
     how = server.exits.pop(worker.pid)
-    failure = _failure(row.exit_reason, row.deadline, record.state, how, time)
-    if failure is not None:
-        row.by_reason[FAILURES.index(failure)] += 1
+    reason = exits.failure(row.exit_reason, row.deadline, record.state, how, time)
+    if reason is not None:
+        row.by_reason[FAILURES.index(reason)] += 1
         if not row.exit_reason:
-            board.fail(worker.slot, failure, _describe(failure, how))
-        LOG.error("slot %d failed while %s: %s", worker.slot, record.state.label, board.record(worker.slot).error)
-    row.failures, row.backoff_until = after_death(record, time, failed=failure is not None)
+            board.fail(worker.slot, reason, exits.describe(reason, how))
+        LOG.error(
+            "slot %d failed while %s: %s", worker.slot, record.state.label, board.record(worker.slot).error
+        )
+    row.failures, row.backoff_until = after_death(record, time, failed=reason is not None)
     board.vacate(worker.slot, time)
-
-
-def _failure(noted: int, deadline: float, state: State, how: str, time: float) -> Failure | None:
-    """Name why the worker ended; None if it was asked to."""
-    if noted and state is not State.EMPTY:
-        return FAILURES[noted - 1]
-    if deadline and time >= deadline:
-        return Failure.FORWARD_TIMEOUT if state in (State.READY, State.DRAINING) else Failure.DEADLINE
-    if how == "SIGKILL":
-        return Failure.KILLED
-    if how.startswith("SIG") and how != "SIGTERM":
-        return Failure.CRASHED
-    return Failure.EXITED if how.isdecimal() else None
-
-
-def _describe(failure: Failure, how: str) -> str:
-    match failure:
-        case Failure.DEADLINE:
-            return "the stage took longer than its limit; the log has every stack"
-        case Failure.FORWARD_TIMEOUT:
-            return "a forward pass took longer than forward_timeout; the log has every stack"
-        case Failure.KILLED:
-            return "killed by SIGKILL, perhaps out of memory"
-        case Failure.CRASHED:
-            return f"ended by {how}"
-        case _:
-            return f"exited with code {how}"
 
 
 def resize(server: Arbiter, new: int, old: int) -> None:
@@ -226,23 +204,3 @@ def wait_without_slot() -> None:
     """Worker without a slot: end a second later, so that the arbiter does not fork in a hot loop."""
     time.sleep(1)
     os._exit(0)
-
-
-class ExitWatcher(logging.Filter):
-    """Reads how a worker ended off Gunicorn's log record: its hooks do not say."""
-
-    def __init__(self) -> None:
-        """Watch from now on."""
-        super().__init__()
-        self._how: dict[int, str] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Keep every record; remember `Worker (pid:%s) was sent %s!` and `… exited with code %s.`."""
-        message, args = str(record.msg), record.args
-        if message.startswith("Worker (pid:%s)") and isinstance(args, tuple) and len(args) == 2:  # noqa: PLR2004
-            self._how[int(str(args[0]))] = str(args[1])
-        return True
-
-    def pop(self, pid: int) -> str:
-        """Return the signal's name or the exit code of a dead worker, empty for code 0."""
-        return self._how.pop(pid, "")

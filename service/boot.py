@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a fresh fork to a warm engine. Worker, model thread; blocking, so that the event loop goes on answering."""
+"""From a fresh fork to a warm engine. Worker, model thread: it may block, the event loop answers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ POLL_S = 0.02
 CPU_BATCH_TOKENS = 512
 """A quarter of a second on one core for a small model; bigger batches gain nothing there."""
 CUDA_BATCH_TOKENS = 16384
+CPU_WARMUP_S = 1.0
+"""An eager CPU model has little that is lazy: the first pass of a shape costs 1.1 to 1.6 times the next."""
+CUDA_WARMUP_S = 60.0
 
 
 def boot(
@@ -69,7 +72,11 @@ def _turn(fleet: Fleet, slot: int) -> Iterator[None]:
     row = board.rows[slot]
     if row.backoff_until > began:
         board.enter(slot, State.BACKOFF, began)
-        LOG.warning("waiting %.1f s before the next try: %d failures in a row", row.backoff_until - began, row.failures)
+        LOG.warning(
+            "waiting %.1f s before the next try: %d failures in a row",
+            row.backoff_until - began,
+            row.failures,
+        )
         time.sleep(row.backoff_until - began)
     board.enter(slot, State.WAITING, now())
     while (permit := fleet.load_permits.try_acquire()) is None:
@@ -95,7 +102,9 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
     """Warm up at the declared limits, progress on the scoreboard and in the log."""
     board, settings = fleet.board, fleet.settings
     cuda = fleet.devices != ("cpu",)
-    budget = settings.max_batch_tokens or max(CUDA_BATCH_TOKENS if cuda else CPU_BATCH_TOKENS, backend.max_tokens)
+    budget = settings.max_batch_tokens or max(
+        CUDA_BATCH_TOKENS if cuda else CPU_BATCH_TOKENS, backend.max_tokens
+    )
     backend.max_tokens = min(backend.max_tokens, budget)  # a longer text could never be computed
     began = now()
     if settings.skip_warmup:
@@ -110,14 +119,16 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
                 shapes=[_shape(text) for text in settings.warmup_shapes],
                 known=board.record(slot).shapes,
                 max_rounds=settings.warmup_rounds,
-                budget_s=settings.warmup_budget,
+                budget_s=settings.warmup_budget or (CUDA_WARMUP_S if cuda else CPU_WARMUP_S),
                 report=lambda done, doing: board.note_progress(slot, done, doing),
             )
         except OutOfMemoryError as error:
             raise WarmupError(str(error)) from error
         board.note_shapes(slot, result.shapes)
     if result.max_batch_tokens < budget:
-        LOG.warning("max_batch_tokens is lowered from %d to %d: no room for more", budget, result.max_batch_tokens)
+        LOG.warning(
+            "max_batch_tokens is lowered from %d to %d: no room for more", budget, result.max_batch_tokens
+        )
         backend.max_tokens = min(backend.max_tokens, result.max_batch_tokens)
     board.rows[slot].max_batch_tokens = result.max_batch_tokens
     board.note_stage(slot, Stage.WARMUP, now() - began)

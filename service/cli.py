@@ -72,6 +72,6 @@ def _conf() -> str:
     """Return the path of gunicorn_conf.py, which is installed beside the package."""
     spec = find_spec("gunicorn_conf")
     if spec is None or spec.origin is None:
-        msg = "gunicorn_conf.py is not installed beside the package; run `gunicorn -c gunicorn_conf.py` from its folder"
+        msg = "gunicorn_conf.py is not installed; run `gunicorn -c gunicorn_conf.py` in its folder instead"
         raise click.ClickException(msg)
     return spec.origin

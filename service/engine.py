@@ -81,7 +81,7 @@ class Embedded:
 
 
 class Observer:
-    """Told what the engine does. Subclass and override; every method may be called often and must be cheap."""
+    """Told what the engine does. Subclass and override; a method may be called often and must be cheap."""
 
     def embedded(self, texts: int, tokens: int, times: Times) -> None:
         """A request was computed."""
@@ -130,7 +130,9 @@ class Engine:
         with self._admitted(len(texts)):
             times = Times()
             began = time.perf_counter()
-            encodings = await self._tokenize(texts, self.limits.auto_truncate if truncate is None else truncate)
+            encodings = await self._tokenize(
+                texts, self.limits.auto_truncate if truncate is None else truncate
+            )
             queued = time.perf_counter()
             times.tokenize = queued - began
             loop = asyncio.get_running_loop()
@@ -149,14 +151,14 @@ class Engine:
         """Hold a permit for each text, or refuse in microseconds and without tokenising."""
         limits = self.limits
         if texts > limits.max_client_batch_size:
-            msg = f"{texts} texts in one request; the limit is {limits.max_client_batch_size}, split the request"
+            msg = f"{texts} texts in one request; at most {limits.max_client_batch_size} are taken, split it"
             raise TooLargeError(msg)
         if texts > limits.max_concurrent_texts:
-            msg = f"{texts} texts can never be admitted; at most {limits.max_concurrent_texts} are, split the request"
+            msg = f"{texts} texts can never be admitted; at most {limits.max_concurrent_texts} are, split it"
             raise TooLargeError(msg)
         if self.texts + texts > limits.max_concurrent_texts:
             self.observer.rejected(texts)
-            msg = f"{self.texts} texts are in work; at most {limits.max_concurrent_texts} are admitted, try again later"
+            msg = f"{self.texts} texts are in work, of {limits.max_concurrent_texts} at most; try again later"
             raise OverloadedError(msg, retry_after_s=self.texts * self._seconds_per_text)
         self.texts += texts
         try:
@@ -172,7 +174,7 @@ class Engine:
         limit = self.backend.max_tokens
         for index, encoding in enumerate(encodings):
             if len(encoding) > limit:
-                msg = f"inputs.{index}: {len(encoding)} tokens; the limit is {limit}, shorten it or set truncate"
+                msg = f"inputs.{index}: {len(encoding)} tokens; the limit is {limit}, cut it or set truncate"
                 raise InvalidRequestError(msg)
         return encodings
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every error the service raises, with its consequence beside it. Both processes.
 
-    settings ── SettingsError ─────────────► exit 1 before torch is imported
-    boot ────── ModelError, WarmupError ───► slot FAILED; respawn, or halt the arbiter with exit 3
-    request ─── RequestError ──────────────► the HTTP status and error type on the class
-    forward ─── OutOfMemoryError ──────────► this request only (503), or a smaller budget in warm-up
-                DeviceLostError ───────────► the worker ends for a fresh one
+settings ── SettingsError ─────────────► exit 1 before torch is imported
+boot ────── ModelError, WarmupError ───► slot FAILED; respawn, or halt the arbiter with exit 3
+request ─── RequestError ──────────────► the HTTP status and error type on the class
+forward ─── OutOfMemoryError ──────────► this request only (503), or a smaller budget in warm-up
+            DeviceLostError ───────────► the worker ends for a fresh one
 """
 
 from __future__ import annotations

@@ -68,7 +68,9 @@ def post_fork(server: Arbiter, worker: FleetWorker) -> None:
         arbiter.wait_without_slot()
     board = server.fleet.board
     faulthandler.dump_traceback_later(server.fleet.settings.spawn_timeout, exit=True)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core with a model in it is huge, and holds the GPU's memory
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, 0)
+    )  # a core with a model in it is huge, and holds the GPU's memory
     set_slot(worker.slot)
     metrics.adopt(worker.slot)
     device.pin(board.record(worker.slot).device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One log format for Gunicorn, uvicorn and ourselves: text or JSON, with the slot on every record. Both processes."""
+"""One log format for Gunicorn, uvicorn and us: text or JSON, the slot on every record. Both processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SlotFilter(logging.Filter):
 class TextFormatter(logging.Formatter):
     """`time LEVEL slot message`, times in UTC."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 

@@ -13,8 +13,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from service import __version__
+from service.collector import exposition
 from service.lifecycle import State
-from service.metrics import exposition
 from service.scoreboard import now
 
 if TYPE_CHECKING:

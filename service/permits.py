@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Permits that any death returns: POSIX record locks on the bytes of a memfd. Made by the arbiter, taken by workers.
+"""Permits that any death returns: record locks on the bytes of a memfd. Made by the arbiter, for workers.
 
 Record locks belong to the process, not to the file description (flock's would be shared by all
 forks), and the kernel drops them when the process ends, however it ends.

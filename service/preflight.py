@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the checks found: the tokens to pin workers to, and the model's folder unless it must be downloaded."""
+    """What the checks found: tokens to pin workers to, and the model's folder if it is here already."""
 
     devices: tuple[str, ...]
     folder: Path | None
@@ -42,7 +42,7 @@ def check(settings: Settings) -> Preflight:
             models.check_folder(folder)
     devices = device.discover(settings, os.environ)
     if devices == (device.CPU,) and settings.dtype in ("float16", "bfloat16"):
-        msg = f"dtype {settings.dtype} on CPU is about 100 times slower, and no GPU is visible; use float32 or auto"
+        msg = f"no GPU is visible, and dtype {settings.dtype} on CPU is about 100 times slower; use auto"
         raise SettingsError(msg)
     if devices != (device.CPU,) and settings.preload == "weights":
         msg = "preload weights works on CPU only (a fork cannot take CUDA memory along); use imports or auto"

@@ -25,20 +25,37 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 POLL_S = 0.2
-STEPS = {"empty": 0.0, "spawned": 0.02, "pinned": 0.04, "backoff": 0.05, "waiting": 0.05, "loading": 0.1, "warming": 0.3}
+STEPS = {
+    "empty": 0.0,
+    "spawned": 0.02,
+    "pinned": 0.04,
+    "backoff": 0.05,
+    "waiting": 0.05,
+    "loading": 0.1,
+    "warming": 0.3,
+}
 """How far a state is on the bar; warming fills the rest by its own progress."""
 
 
 def run_with_progress(command: list[str], settings: Settings) -> int:
     """Run Gunicorn below a progress display; return its exit code."""
     console = Console(stderr=True)
-    gunicorn = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0)
+    gunicorn = subprocess.Popen(  # noqa: S603 - our own arguments
+        command, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
+    )
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
             gunicorn.send_signal(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
+    for signum in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGQUIT,
+        signal.SIGHUP,
+        signal.SIGTTIN,
+        signal.SIGTTOU,
+    ):
         signal.signal(signum, pass_on)
     log = threading.Thread(target=_copy_log, args=(gunicorn, console), daemon=True)
     log.start()
@@ -55,7 +72,12 @@ def _copy_log(gunicorn: subprocess.Popen[str], console: Console) -> None:
 
 def _show_boot(gunicorn: subprocess.Popen[str], console: Console, settings: Settings) -> None:
     """Draw a bar for each worker until /ready says yes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[doing]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[doing]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         arbiter = progress.add_task("arbiter", total=None, doing="importing")
         bars: dict[int, TaskID] = {}
@@ -69,7 +91,9 @@ def _show_boot(gunicorn: subprocess.Popen[str], console: Console, settings: Sett
             time.sleep(POLL_S)
     if gunicorn.poll() is None and ready is not None:
         console.print(f"[green]ready[/]: {ready['detail']}")
-        console.print(f"  curl -s {url(settings.bind)}/embed -d '[\"hello\"]' -H 'content-type: application/json'")
+        console.print(
+            f"  curl -s {url(settings.bind)}/embed -d '[\"hello\"]' -H 'content-type: application/json'"
+        )
         console.print(f"  status, probes and metrics: {url(settings.ops_bind)}")
 
 
@@ -90,13 +114,15 @@ def _ask(settings: Settings) -> dict[str, Any] | None:
         with urllib.request.urlopen(url(settings.ops_bind) + "/ready", timeout=2) as reply:  # noqa: S310 - our own
             answer: dict[str, Any] = json.load(reply)
     except urllib.error.HTTPError as error:
-        with contextlib.suppress(ValueError):
+        try:
             answer = json.load(error)
-            return answer
-        return None
+        except ValueError:
+            return None
+        return answer
     except (OSError, ValueError):
         return None
-    return answer
+    else:
+        return answer
 
 
 def url(bind: str) -> str:

@@ -56,9 +56,13 @@ def aggregate(
     wanted = min(policy.floor, policy.target) if was_ready else quorum
     count = f"{ready} of {policy.target} workers are ready"
     if stopping:
-        return Readiness(ready=False, status="draining", detail="the service is stopping", ready_workers=ready, wanted=0)
+        return Readiness(
+            ready=False, status="draining", detail="the service is stopping", ready_workers=ready, wanted=0
+        )
     if ready >= wanted:
-        return Readiness(ready=True, status="ready", detail=_join(count, live, now), ready_workers=ready, wanted=wanted)
+        return Readiness(
+            ready=True, status="ready", detail=_join(count, live, now), ready_workers=ready, wanted=wanted
+        )
     if live and all(record.state is State.FAILED for record in live):
         status = "failed"
     else:

@@ -23,10 +23,12 @@ class EmbedObject(BaseModel):
 
     inputs: str | list[str] = Field(description="One text or a list of texts.")
     truncate: bool | None = Field(None, description="Cut texts that are too long; default: `auto_truncate`.")
-    normalize: Literal[True] = Field(True, description="The model's own pipeline decides; false is not offered.")
-    truncation_direction: Literal["right", "Right"] = Field("right", description="Texts are cut at their end.")
-
-
+    normalize: Literal[True] = Field(
+        True, description="The model's own pipeline decides; false is not offered."
+    )
+    truncation_direction: Literal["right", "Right"] = Field(
+        "right", description="Texts are cut at their end."
+    )
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class EmbedRequest:
             else:
                 parsed = EmbedObject.model_validate_json(body)
                 inputs = parsed.inputs
-                request = cls([inputs] if isinstance(inputs, str) else inputs, bare=False, truncate=parsed.truncate)
+                request = cls(
+                    [inputs] if isinstance(inputs, str) else inputs, bare=False, truncate=parsed.truncate
+                )
         except ValidationError as error:
             problem = error.errors()[0]
             place = ".".join(str(part) for part in problem["loc"] if part not in ("list[str]", "str"))

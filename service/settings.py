@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only list of settings; environment, command line and docs/settings.md derive from it. Both processes."""
+"""The only list of settings; environment, command line and docs derive from it. Both processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import difflib
 import os
 import re
 import sys
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import SettingsError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 PREFIX = "WARMFLEET_"
 
@@ -47,7 +50,9 @@ class Settings(BaseSettings):
         "revision", None, "Branch, tag or commit of a hub model; a commit makes boots repeatable.", "REVISION"
     )
     backend: Literal["torch", "stub"] = setting(
-        "backend", "torch", "What computes: `torch`, or `stub` (no model; deterministic vectors, scripted faults)."
+        "backend",
+        "torch",
+        "What computes: `torch`, or `stub` (no model; deterministic vectors, scripted faults).",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = setting(
         "dtype",
@@ -61,7 +66,9 @@ class Settings(BaseSettings):
         default=False,
         description="Run Python code that a model repository ships. Off: such models fail to load.",
     )
-    hf_token: SecretStr | None = setting("hf_token", None, "Token for gated or private hub models.", "HF_TOKEN")
+    hf_token: SecretStr | None = setting(
+        "hf_token", None, "Token for gated or private hub models.", "HF_TOKEN"
+    )
     hub_cache: str | None = setting(
         "hub_cache",
         None,
@@ -73,7 +80,9 @@ class Settings(BaseSettings):
     # Workers and devices
     workers: int = setting("workers", 2, "Worker processes, each with one copy of the model.", ge=1, le=256)
     device: Literal["auto", "cpu", "cuda"] = setting(
-        "device", "auto", "`auto` takes the GPUs that are visible, else the CPU; `cuda` without a GPU is an error."
+        "device",
+        "auto",
+        "`auto` takes the GPUs that are visible, else the CPU; `cuda` without a GPU is an error.",
     )
     devices: Csv = setting(
         "devices",
@@ -103,14 +112,25 @@ class Settings(BaseSettings):
 
     # Boot
     spawn_timeout: float = setting(
-        "spawn_timeout", 60.0, "Seconds from fork to the start of the boot, else the worker ends itself.", gt=0
+        "spawn_timeout",
+        60.0,
+        "Seconds from fork to the start of the boot, else the worker ends itself.",
+        gt=0,
     )
-    download_timeout: float = setting("download_timeout", 1800.0, "Seconds a hub download may take at boot.", gt=0)
+    download_timeout: float = setting(
+        "download_timeout", 1800.0, "Seconds a hub download may take at boot.", gt=0
+    )
     load_timeout: float = setting(
-        "load_timeout", 600.0, "Seconds a load may take; then all stacks are printed and the worker ends.", gt=0
+        "load_timeout",
+        600.0,
+        "Seconds a load may take; then all stacks are printed and the worker ends.",
+        gt=0,
     )
     warmup_timeout: float = setting(
-        "warmup_timeout", 600.0, "Seconds a warm-up may take; then all stacks are printed and the worker ends.", gt=0
+        "warmup_timeout",
+        600.0,
+        "Seconds a warm-up may take; then all stacks are printed and the worker ends.",
+        gt=0,
     )
     boot_attempts: int = setting(
         "boot_attempts",
@@ -141,7 +161,10 @@ class Settings(BaseSettings):
 
     # Warm-up
     skip_warmup: bool = setting(
-        "skip_warmup", False, "Development only: serve without warm-up; `/ready` and the log say so.", "SKIP_WARMUP"
+        "skip_warmup",
+        False,
+        "Development only: serve without warm-up; `/ready` and the log say so.",
+        "SKIP_WARMUP",
     )
     warmup_shapes: Csv = setting(
         "warmup_shapes",
@@ -150,8 +173,12 @@ class Settings(BaseSettings):
         "from `max_batch_tokens` and the model's maximum length.",
     )
     warmup_rounds: int = setting("warmup_rounds", 20, "Most passes for one shape.", ge=3, le=1000)
-    warmup_budget: float = setting(
-        "warmup_budget", 60.0, "Seconds of warm-up after which each shape left gets one pass only.", gt=0
+    warmup_budget: float | None = setting(
+        "warmup_budget",
+        None,
+        "Seconds of warm-up after which each shape left gets one pass only. Default: 1 on CPU, where little "
+        "is lazy, 60 on CUDA.",
+        gt=0,
     )
 
     # Limits
@@ -179,12 +206,18 @@ class Settings(BaseSettings):
         "auto_truncate", True, "Cut texts that are too long instead of answering 422.", "AUTO_TRUNCATE"
     )
     api_key: SecretStr | None = setting(
-        "api_key", None, "If set, the API wants `Authorization: Bearer <key>`; probes and metrics do not.", "API_KEY"
+        "api_key",
+        None,
+        "If set, the API wants `Authorization: Bearer <key>`; probes and metrics do not.",
+        "API_KEY",
     )
 
     # Life
     forward_timeout: float = setting(
-        "forward_timeout", 60.0, "Seconds one forward pass may take; then the worker ends for a fresh one.", gt=0
+        "forward_timeout",
+        60.0,
+        "Seconds one forward pass may take; then the worker ends for a fresh one.",
+        gt=0,
     )
     drain_grace: float = setting(
         "drain_grace", 0.5, "Seconds of `Connection: close` answers before a draining worker closes.", ge=0
@@ -195,7 +228,7 @@ class Settings(BaseSettings):
     heartbeat_timeout: int = setting(
         "heartbeat_timeout",
         120,
-        "Seconds without a heartbeat after which the arbiter kills a worker; longer than the longest GIL hold.",
+        "Seconds without a heartbeat after which the arbiter kills a worker; above the longest GIL hold.",
         ge=3,
     )
     keepalive: int = setting(
@@ -203,8 +236,12 @@ class Settings(BaseSettings):
     )
 
     # Logs and metrics
-    log_format: Literal["text", "json"] = setting("log_format", "text", "One line a record: `text` or `json`.")
-    log_level: Literal["debug", "info", "warning", "error"] = setting("log_level", "info", "Least level that is logged.")
+    log_format: Literal["text", "json"] = setting(
+        "log_format", "text", "One line a record: `text` or `json`."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "log_level", "info", "Least level that is logged."
+    )
     metrics_dir: str | None = setting(
         "metrics_dir",
         None,
@@ -213,7 +250,9 @@ class Settings(BaseSettings):
 
     # Stub backend
     stub_load_ms: float = setting("stub_load_ms", 0.0, "Stub backend: milliseconds of a load.", ge=0)
-    stub_forward_ms: float = setting("stub_forward_ms", 0.0, "Stub backend: milliseconds of a forward pass.", ge=0)
+    stub_forward_ms: float = setting(
+        "stub_forward_ms", 0.0, "Stub backend: milliseconds of a forward pass.", ge=0
+    )
     stub_scenario: str | None = setting("stub_scenario", None, "Stub backend: TOML file of scripted faults.")
 
     @field_validator("devices", "warmup_shapes", mode="before")
@@ -259,7 +298,7 @@ class Settings(BaseSettings):
             msg = f"devices {','.join(self.devices)} are set but device is cpu; drop one of the two"
             raise ValueError(msg)
         if self.device == "cuda" and self.preload == "weights":
-            msg = "preload weights works on CPU only (a fork cannot take CUDA memory along); use imports or auto"
+            msg = "preload weights works on CPU only (a fork takes no CUDA memory along); use imports or auto"
             raise ValueError(msg)
         if self.drain_grace >= self.graceful_timeout:
             msg = f"drain_grace {self.drain_grace} must be below graceful_timeout {self.graceful_timeout}"
@@ -267,7 +306,7 @@ class Settings(BaseSettings):
         for name in ("ready_quorum", "ready_floor"):
             value = getattr(self, name)
             if value is not None and value > self.workers:
-                msg = f"{name} {value} can never be reached with {self.workers} workers; lower it or add workers"
+                msg = f"{name} {value} can never be reached with {self.workers} workers; lower it or add some"
                 raise ValueError(msg)
         return self
 
@@ -275,7 +314,11 @@ class Settings(BaseSettings):
 def variables(name: str) -> tuple[str, ...]:
     """Return the environment variables of a setting, ours first."""
     alias = Settings.model_fields[name].validation_alias
-    return tuple(str(choice) for choice in alias.choices) if isinstance(alias, AliasChoices) else (PREFIX + name.upper(),)
+    return (
+        tuple(str(choice) for choice in alias.choices)
+        if isinstance(alias, AliasChoices)
+        else (PREFIX + name.upper(),)
+    )
 
 
 def load() -> Settings:
@@ -297,9 +340,9 @@ def load() -> Settings:
         raise SettingsError("; ".join(explain(problem) for problem in error.errors())) from None
 
 
-def explain(problem: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+def explain(problem: ErrorDetails) -> str:
     """Turn one of pydantic's problems into a clause that names variable, value and limit."""
-    text = str(problem["msg"]).removeprefix("Value error, ")
+    text = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return text
     variable = str(problem["loc"][0])
@@ -323,6 +366,7 @@ def table() -> str:
     for name, field in Settings.model_fields.items():
         first, *others = variables(name)
         names = f"`{first}`" + "".join(f", `{other}`" for other in others)
-        default = "" if field.default in (None, ()) else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
-        rows.append(f"| {names} | {default} | {(field.description or '').replace('|', '/')} |")
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        shown = "" if default in (None, ()) else f"`{default}`"
+        rows.append(f"| {names} | {shown} | {(field.description or '').replace('|', '/')} |")
     return "\n".join(rows)

@@ -13,7 +13,7 @@ from service.errors import OutOfMemoryError, WarmupError
 from service.slots import ShapeTimes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -106,54 +106,59 @@ def warm(
     Raises:
         WarmupError: an output is wrong, or not even the smallest budget fits.
     """
+    steady = {(shape.texts, shape.tokens): shape.steady_s for shape in known}
+    rules = _Rules(steady, max_rounds, budget_s, report, clock)
     while True:
         try:
             plan = list(shapes) or shapes_for(max_batch_tokens, backend.max_tokens)
-            times = _warm_shapes(backend, plan, known, max_rounds, budget_s, report, clock)
+            times = _warm_shapes(backend, plan, rules)
         except OutOfMemoryError as error:
             problem = str(error)
         else:
             return WarmupResult(times, max_batch_tokens)
         backend.trim()  # out of the except block, whose traceback would keep the tensors
-        max_batch_tokens //= 2
-        if shapes or max_batch_tokens < FLOOR_TOKENS:
-            msg = f"no room for a batch of {2 * max_batch_tokens} tokens: {problem}"
+        if shapes or max_batch_tokens // 2 < FLOOR_TOKENS:
+            msg = f"no room for a batch of {max_batch_tokens} tokens: {problem}"
             raise WarmupError(msg)
+        max_batch_tokens //= 2
 
 
-def _warm_shapes(  # noqa: PLR0913 - the arguments of warm, in order
-    backend: Backend,
-    plan: list[tuple[int, int]],
-    known: Sequence[ShapeTimes],
-    max_rounds: int,
-    budget_s: float,
-    report: Report,
-    clock: Callable[[], float],
-) -> list[ShapeTimes]:
-    steady = {(shape.texts, shape.tokens): shape.steady_s for shape in known}
-    started = clock()
+@dataclass(frozen=True)
+class _Rules:
+    """When a shape is done, and whom to tell."""
+
+    steady: Mapping[tuple[int, int], float]
+    max_rounds: int
+    budget_s: float
+    report: Report
+    clock: Callable[[], float]
+
+
+def _warm_shapes(backend: Backend, plan: Sequence[tuple[int, int]], rules: _Rules) -> list[ShapeTimes]:
+    """Warm each shape in turn; once the budget is spent, one pass each."""
     result = []
+    deadline = rules.clock() + rules.budget_s
     for number, (texts, tokens) in enumerate(plan):
         batch = [probe(tokens)] * texts
+        known = rules.steady.get((texts, tokens))
         seconds: list[float] = []
         first: NDArray[np.float32] | None = None
         converged = False
-        while not converged and len(seconds) < max_rounds:
-            report(number / len(plan), f"batch {texts}x{tokens}, round {len(seconds) + 1}")
-            begun = clock()
+        while not converged and len(seconds) < rules.max_rounds:
+            rules.report(number / len(plan), f"batch {texts}x{tokens}, round {len(seconds) + 1}")
+            began = rules.clock()
             vectors = backend.forward(backend.collate(backend.tokenize(batch, truncate=True)))
-            seconds.append(clock() - begun)
+            seconds.append(rules.clock() - began)
             first = vectors if first is None else first
             check(vectors, texts, backend, first)
-            expected = steady.get((texts, tokens))
-            converged = is_warm(seconds) or (expected is not None and seconds[-1] <= SPREAD * expected)
-            if clock() - started > budget_s:
+            converged = is_warm(seconds) or (known is not None and seconds[-1] <= SPREAD * known)
+            if rules.clock() > deadline:
                 break
-        settled = statistics.median(seconds[-MIN_ROUNDS:])
-        if len(seconds) == 1 and (texts, tokens) in steady:
-            settled = min(settled, steady[texts, tokens])
-        result.append(ShapeTimes(texts, tokens, len(seconds), seconds[0], settled, converged))
-    report(1.0, "")
+        steady = statistics.median(seconds[-MIN_ROUNDS:])
+        if known is not None and converged:
+            steady = min(steady, known)
+        result.append(ShapeTimes(texts, tokens, len(seconds), seconds[0], steady, converged))
+    rules.report(1.0, "")
     return result
 
 

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from uvicorn.config import Config
 from uvicorn_worker import UvicornWorker
 
-from service.accept import Gate, GatedServer, Shedding
+from service.accept import GatedServer, Shedding
 from service.boot import measure
 from service.errors import WarmfleetError, WarmupError
+from service.gate import Gate
 from service.lifecycle import Failure, State
 from service.logging import get
 from service.ops import create_ops_app
@@ -76,6 +77,7 @@ class FleetWorker(UvicornWorker):
 
     async def _serve(self) -> None:
         """Live: listeners, boot, traffic, drain."""
+        self._loop = asyncio.get_running_loop()
         self._leave = asyncio.Event()
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         await self._open_listeners()
@@ -97,7 +99,9 @@ class FleetWorker(UvicornWorker):
 
         self.config.app = Shedding(self.wsgi, lambda: gate.sheds(self._main.load))
         self.config.callback_notify = None
-        self.config.timeout_graceful_shutdown = max(1, settings.graceful_timeout - int(settings.drain_grace) - 2)
+        self.config.timeout_graceful_shutdown = max(
+            1, settings.graceful_timeout - int(settings.drain_grace) - 2
+        )
         self._main = GatedServer(self.config, main, gate.verdict)
         self._main.extra_load = self._texts
         self._gate = gate
@@ -106,8 +110,8 @@ class FleetWorker(UvicornWorker):
         config = Config(app=app, log_config=None, timeout_keep_alive=5, timeout_graceful_shutdown=1, **HTTP)
         self._ops = GatedServer(config, [ops])
         self._tasks = {server: asyncio.create_task(server.serve()) for server in (self._ops, self._main)}
-        while not (self._ops.started and self._main.started):
-            await asyncio.sleep(0)
+        await self._ops.accepting.wait()
+        await self._main.accepting.wait()
         self.notify()
         faulthandler.cancel_dump_traceback_later()  # of post_fork: the event loop runs
 
@@ -122,7 +126,7 @@ class FleetWorker(UvicornWorker):
             await self._park()
         try:
             await asyncio.get_running_loop().run_in_executor(self.model_thread, self._boot_hook, self)
-        except Exception as error:  # whatever the model's code raises
+        except Exception as error:  # noqa: BLE001 - whatever the model's code raises
             await self._boot_failed(error)
         self._become_ready()
 
@@ -196,7 +200,7 @@ class FleetWorker(UvicornWorker):
             await asyncio.sleep(BEAT_S)
 
     def _roll_if_asked(self) -> None:
-        """Leave, one worker at a time, if a newer epoch was declared and the others can do without this one."""
+        """Leave, one worker at a time, if a newer epoch was declared and the others can do without us."""
         fleet, board = self.fleet, self.fleet.board
         if board.rows[self.slot].epoch >= board.header.roll_epoch or self._leave.is_set():
             return
@@ -222,25 +226,21 @@ class FleetWorker(UvicornWorker):
     def device_lost(self, message: str) -> None:
         """Model thread: the device needs a fresh process; answer what is in flight, then leave."""
         self.fleet.board.fail(self.slot, Failure.DEVICE_LOST, message)
-        self._main._loop.call_soon_threadsafe(self._leave.set)
+        self._loop.call_soon_threadsafe(self._leave.set)
 
     # Leaving
 
     async def _drain(self) -> None:
-        """Stop accepting, finish, go. When the whole service stops, accept to the last: what is queued would be reset."""
+        """Stop accepting, finish, go. When the whole service stops, accept to the last: the rest is reset."""
         board, main, settings = self.fleet.board, self._main, self.fleet.settings
         header = board.header
         board.enter(self.slot, State.DRAINING, now())
         LOG.info("draining: %d requests in work", main.load)
-        until = now() + settings.drain_grace
-        while now() < until and (header.stopping or main.server_state.connections):
-            await asyncio.sleep(min(0.02, settings.drain_grace))
+        await _until(lambda: not header.stopping and not main.server_state.connections, settings.drain_grace)
         if header.stopping:
             main.accept_waiting()
         main.stop_accepting()
-        until = now() + SETTLE_S
-        while now() < until and main.unread:
-            await asyncio.sleep(0.01)
+        await _until(lambda: not main.unread, SETTLE_S)
         for server in (main, self._ops):
             server.should_exit = True
             await self._tasks[server]
@@ -266,3 +266,10 @@ class FleetWorker(UvicornWorker):
         if not task.cancelled() and task.exception():
             LOG.critical("the pulse failed", exc_info=task.exception())
             self._exit(1)
+
+
+async def _until(done: Callable[[], bool], seconds: float) -> None:
+    """Wait for a condition that no event announces, and no longer than so many seconds."""
+    deadline = now() + seconds
+    while now() < deadline and not done():  # noqa: ASYNC110 - the conditions live in uvicorn and in shared memory
+        await asyncio.sleep(0.01)

@@ -54,7 +54,7 @@ class TorchBackend:
         self._model: SentenceTransformer | None = None
         self.max_tokens = self.dimension = 0
         self.normalized = False
-        self.dtype = "float32" if settings.dtype == "auto" else settings.dtype
+        self.dtype: str = "float32" if settings.dtype == "auto" else settings.dtype
         if folder is not None:
             _import_model_code(folder)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend without a model: deterministic vectors, scripted delays and faults. Ships for tests, demos and overhead runs.
+"""A backend without a model: deterministic vectors, scripted delays and faults. For tests and demos.
 
 A scenario is a TOML file of faults, each bound to a stage and, if it says so, to slots,
 generations and repetitions:
@@ -24,9 +24,10 @@ import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from service.backends.base import PROBE_WORD, Batch, DeviceMemory, Encoding
 from service.errors import ModelError, OutOfMemoryError
@@ -164,7 +165,11 @@ class StubBackend:
                 continue
             if fault.generations and self._generation not in fault.generations:
                 continue
-            if batch is not None and fault.text and _word_id(fault.text) not in sum(batch.encodings, []):
+            if (
+                batch is not None
+                and fault.text
+                and all(_word_id(fault.text) not in encoding for encoding in batch.encodings)
+            ):
                 continue
             if batch is not None and fault.max_tokens and batch.tokens <= fault.max_tokens:
                 continue
@@ -174,7 +179,9 @@ class StubBackend:
 
 
 def _word_id(word: str) -> int:
-    return 2 + int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=2).digest()) % HASHED
+    return (
+        2 + int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=2).digest()) % HASHED
+    )
 
 
 def read_scenario(path: str | None) -> tuple[Fault, ...]:
@@ -186,10 +193,8 @@ def read_scenario(path: str | None) -> tuple[Fault, ...]:
     if not path:
         return ()
     try:
-        tables: list[dict[str, Any]] = tomllib.loads(Path(path).read_text(encoding="utf-8"))["fault"]
-        return tuple(
-            Fault(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}) for table in tables
-        )
-    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))["fault"]
+        return tuple(TypeAdapter(tuple[Fault, ...]).validate_python(tables))
+    except (OSError, KeyError, ValidationError, tomllib.TOMLDecodeError) as error:
         msg = f"cannot read the scenario {path}: {error}"
         raise ModelError(msg) from error

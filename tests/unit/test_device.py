@@ -124,6 +124,11 @@ class TestDiscover:
         """A GPU named twice, for which the driver ignores the whole list, is an error."""
         assert refusal(TWO, value).startswith(f"CUDA_VISIBLE_DEVICES={value} names a GPU twice")
 
+    @pytest.mark.parametrize("value", [",0", "0,,0", "G"])
+    def test_prefix_needs_its_kind(self, value: str) -> None:
+        """An empty token fits nothing, although every UUID begins with it; nor does a bare letter."""
+        assert "which fits 0 of the driver's GPUs" in refusal([GPU_A], value)
+
     def test_names_around_mig_are_trusted(self) -> None:
         """With MIG on, the UUID of the GPU around the instances is valid although it is not listed."""
         assert discover([MIG_A, MIG_B], f"{GPU_A},{MIG_B}") == (GPU_A, MIG_B)

@@ -222,7 +222,7 @@ def test_partial_model_reaches_the_check_when_offline(
 
 
 @pytest.mark.parametrize(
-    "model_id", ["org name", "org--x/name", ".hidden", "org/näme", "a" * 97, "name.git", "org/"]
+    "model_id", ["org name", "org--x/name", ".hidden", "org/na:me", "a" * 97, "name.git", "org/"]
 )
 def test_malformed_hub_id_is_refused(model_id: str) -> None:
     """What can be no hub id is refused before the network is asked, with the letters that are allowed."""
@@ -317,7 +317,8 @@ def test_pickled_weights_are_refused(tmp_path: Path, names: list[str], pickle: s
     """Weights that exist as pickles only, even of one module, are refused with the folder and the way out."""
     assert check(make_model(tmp_path, *names)) == (
         f"{tmp_path} holds weights as a pickle ({pickle}), not as safetensors, and loading a pickle runs "
-        "its code; convert it once, where you trust it, by SentenceTransformer(MODEL).save_pretrained(NEW_FOLDER)"
+        "its code; convert it once, where you trust it, by "
+        "SentenceTransformer(MODEL).save_pretrained(NEW_FOLDER)"
     )
 
 
@@ -446,7 +447,7 @@ def test_download_past_its_deadline_is_killed(
     assert re.search(
         r"^warmfleet: downloading org/name: 3 MB on disk after [01] s of at most 1 s$",
         capfd.readouterr().err,
-        re.M,
+        re.MULTILINE,
     )
     assert [child.returncode for child in started] == [-signal.SIGKILL]
     assert TOKEN not in str(started[0].args)
