@@ -14,7 +14,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from service import device, exits, metrics, preflight
+from service import device, exits, fork_guard, metrics, preflight
 from service.errors import SettingsError, WarmfleetError
 from service.fleet import SPARE_SLOTS, Fleet
 from service.lifecycle import Stage
@@ -80,7 +80,7 @@ def make_fleet(server: Arbiter) -> None:
     settings = load()
     state = server.app.wsgi().state
     devices = preflight.check(settings).devices
-    server.fleet = Fleet.make(settings, devices, state.folder, server.num_workers)
+    server.fleet = Fleet.make(settings, devices, server.num_workers, state.problem)
     server.fleet.board.header.import_seconds = state.import_seconds
     server.fleet.board.header.preload_seconds = state.preload_seconds
     server.exits = exits.ExitWatcher()
@@ -90,14 +90,14 @@ def make_fleet(server: Arbiter) -> None:
         state.import_seconds,
         state.preload_seconds,
         server.num_workers,
-        ", ".join(devices),
+        device.describe(devices, settings),
     )
 
 
 def take_over(server: Arbiter) -> None:
     """Check that forks will be sound, then give reload, upgrade and stop our meaning."""
     try:
-        device.assert_fork_safe()
+        fork_guard.assert_fork_safe()
     except WarmfleetError as error:
         refuse(error)
     stop = server.stop

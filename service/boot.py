@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from service.engine import Engine, Limits
-from service.errors import OutOfMemoryError, WarmupError
+from service.errors import ModelError, OutOfMemoryError, WarmupError
 from service.lifecycle import Stage, State
 from service.logging import get
 from service.memory import read_host_memory
@@ -90,6 +90,8 @@ def _turn(fleet: Fleet, slot: int) -> Iterator[None]:
 
 def _load(fleet: Fleet, slot: int, backend: Backend) -> None:
     """Bring the weights to the device, unless the arbiter has already loaded them for all."""
+    if fleet.problem:
+        raise ModelError(fleet.problem)
     began = now()
     backend.load()
     loaded = now()
@@ -101,9 +103,8 @@ def _load(fleet: Fleet, slot: int, backend: Backend) -> None:
 def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
     """Warm up at the declared limits, progress on the scoreboard and in the log."""
     board, settings = fleet.board, fleet.settings
-    cuda = fleet.devices != ("cpu",)
     budget = settings.max_batch_tokens or max(
-        CUDA_BATCH_TOKENS if cuda else CPU_BATCH_TOKENS, backend.max_tokens
+        CUDA_BATCH_TOKENS if fleet.cuda else CPU_BATCH_TOKENS, backend.max_tokens
     )
     backend.max_tokens = min(backend.max_tokens, budget)  # a longer text could never be computed
     began = now()
@@ -119,7 +120,7 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
                 shapes=[_shape(text) for text in settings.warmup_shapes],
                 known=board.record(slot).shapes,
                 max_rounds=settings.warmup_rounds,
-                budget_s=settings.warmup_budget or (CUDA_WARMUP_S if cuda else CPU_WARMUP_S),
+                budget_s=settings.warmup_budget or (CUDA_WARMUP_S if fleet.cuda else CPU_WARMUP_S),
                 report=lambda done, doing: board.note_progress(slot, done, doing),
             )
         except OutOfMemoryError as error:

@@ -1,35 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which GPU a slot gets, how a worker is tied to it, and the guard that forks are safe. Both processes.
+"""Which GPUs the fleet may use, and how a worker is tied to one. Both processes.
 
 Theory of operation. A device is an opaque token: what CUDA_VISIBLE_DEVICES takes (`1`, `GPU-…`, `MIG-…`),
 or `cpu`. The driver reads the variable once, at cuInit, and drops what it does not understand without a
 word; so the arbiter checks the tokens first, the worker sets the variable before anything else, and
-everything after that is `cuda:0`. The arbiter itself loads neither NVML nor CUDA: a child asks them.
+everything after that is `cuda:0`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
-import json
 import os
-import subprocess
-import sys
-import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-from uuid import UUID
+from typing import TYPE_CHECKING, Final
 
-from service import logging
-from service.errors import ForkUnsafeError, SettingsError
+from service import gpus
+from service.errors import SettingsError
+from service.slots import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
     from service.settings import Settings
 
-CPU: Final = "cpu"
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 HIDING: Final = frozenset({"-1", "NoDevFiles"})
 DEVICES: Final = "WARMFLEET_DEVICES"
@@ -51,14 +43,6 @@ UNLESS_SET: Final = {
 DRIVER_SAYS: Final = ("the driver lists none", "no NVIDIA driver answers")
 WITHOUT_GPU: Final = f"give the service a GPU, or set WARMFLEET_DEVICE=cpu and leave {DEVICES} unset"
 
-CUDA_NOT_INITIALIZED: Final = 3
-CUDA_NO_DEVICE: Final = 100
-CUDA_SUSPECTS: Final = (
-    "a forward or backward pass even on CPU, a torch.cuda call, torch.compile, "
-    f"{VISIBLE}=MIG-… with a device count, or a library that calls cuInit"
-)
-CHILD: Final = "import sys; sys.path.insert(0, sys.argv[1]); import service.device as d; d.print_gpus()"
-
 
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
     """Arbiter: set what torch, BLAS and the hub read when they are imported, so that forks stay safe."""
@@ -67,34 +51,11 @@ def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.setdefault(name, value)
 
 
-def list_gpus(timeout_s: float = 20.0) -> list[str] | None:
-    """Arbiter: return the UUID of each GPU, or of each MIG instance of it; None if no driver answers.
-
-    A child asks, because NVML does not survive a fork and cuInit spoils every later one. Its answer
-    is its output, never its exit status, which another waitpid may have taken.
-    """
-    command = [sys.executable, "-c", CHILD, str(Path(__file__).resolve().parents[1])]
-    environ = {name: value for name, value in os.environ.items() if name != VISIBLE}
-    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True}
-    try:
-        child = subprocess.run(command, env=environ, timeout=timeout_s, check=False, **pipes)  # noqa: S603
-    except subprocess.TimeoutExpired:
-        logging.get().warning("no GPU list: the NVIDIA driver did not answer within %g s", timeout_s)
-        return None
-    try:
-        listed: list[str] | None = json.loads(child.stdout)
-    except ValueError:
-        reason = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        logging.get().warning("no GPU list: the child that asks the driver failed: %s", reason)
-        return None
-    return listed
-
-
 def discover(
     settings: Settings,
     environ: Mapping[str, str] = os.environ,
     *,
-    list_gpus: Callable[[], list[str] | None] = list_gpus,
+    list_gpus: Callable[[], list[str] | None] = gpus.list_gpus,
 ) -> tuple[str, ...]:
     """Arbiter: return the tokens that slots are pinned to, or `(CPU,)`.
 
@@ -115,6 +76,14 @@ def discover(
         asked = f"devices are {','.join(settings.devices)}" if settings.devices else "device is cuda"
         raise SettingsError(f"{asked} but no CUDA device is visible: {why}; {WITHOUT_GPU}")
     return tokens or (CPU,)
+
+
+def describe(tokens: Sequence[str], settings: Settings, environ: Mapping[str, str] = os.environ) -> str:
+    """Arbiter: say what `discover` picked, and from where."""
+    if tokens == (CPU,):
+        return "the CPU: WARMFLEET_DEVICE=cpu" if settings.device == "cpu" else "the CPU: no GPU is visible"
+    source = DEVICES if settings.devices else VISIBLE if VISIBLE in environ else "the driver"
+    return f"{len(tokens)} {'GPU' if len(tokens) == 1 else 'GPUs'} from {source}: {', '.join(tokens)}"
 
 
 def visible_tokens(value: str) -> tuple[str, ...]:
@@ -191,110 +160,6 @@ def refuse_twice(name: str, tokens: Sequence[str], identities: Sequence[str]) ->
         )
 
 
-def print_gpus() -> None:
-    """Child of the arbiter: write as JSON what NVML lists, else what CUDA lists, else null."""
-    listed = ask_nvml()
-    json.dump(ask_cuda() if listed is None else listed, sys.stdout)
-
-
-def ask_nvml() -> list[str] | None:
-    """Child of the arbiter: return UUIDs by NVML, or None if it does not work here."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        gpus = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [pynvml.nvmlDeviceGetUUID(part) for gpu in gpus for part in parts(pynvml, gpu)]
-    except pynvml.NVMLError:
-        return None
-
-
-def parts(pynvml: Any, gpu: Any) -> list[Any]:  # noqa: ANN401 - pynvml has no types
-    """Child of the arbiter: return the MIG instances of a GPU in MIG mode, else the GPU."""
-    try:
-        mig, _pending = pynvml.nvmlDeviceGetMigMode(gpu)
-    except pynvml.NVMLError:  # not supported: most GPUs
-        mig = False
-    if not mig:
-        return [gpu]
-    instances = []
-    for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
-        with contextlib.suppress(pynvml.NVMLError):  # free places are numbered too
-            instances.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
-    return instances
-
-
-def ask_cuda() -> list[str] | None:
-    """Child of the arbiter: return UUIDs by CUDA itself (no NVML: WSL, some vGPUs), or None without CUDA."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    count = ctypes.c_int()
-    status = driver.cuInit(0)
-    if status == CUDA_NO_DEVICE:
-        return []
-    if status or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return None
-    uuids = [cuda_uuid(driver, ordinal) for ordinal in range(count.value)]
-    return None if None in uuids else [uuid for uuid in uuids if uuid]
-
-
-def cuda_uuid(driver: ctypes.CDLL, ordinal: int) -> str | None:
-    """Child of the arbiter: return the UUID of a device as CUDA_VISIBLE_DEVICES takes it."""
-    device, name, raw = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.create_string_buffer(16)
-    if (
-        driver.cuDeviceGet(ctypes.byref(device), ordinal)
-        or driver.cuDeviceGetName(name, len(name), device)
-        or driver.cuDeviceGetUuid_v2(raw, device)
-    ):
-        return None
-    kind = "MIG" if b" MIG " in name.value else "GPU"  # the bytes do not say which of the two
-    return f"{kind}-{UUID(bytes=raw.raw)}"
-
-
 def pin(token: str, environ: MutableMapping[str, str] = os.environ) -> None:
     """Worker: see this one device as `cuda:0`, or none on CPU. Before anything can call cuInit."""
     environ[VISIBLE] = "" if token == CPU else token
-
-
-def cuda_initialised(maps: str = "/proc/self/maps") -> bool | None:
-    """Return whether cuInit was called in this process; None if it has no CUDA driver mapped.
-
-    torch cannot tell: a cuInit past its own lazy initialisation leaves `torch.cuda.is_initialized()`
-    False. In a child the answer means nothing: an inherited cuInit reads as "not initialised".
-    """
-    with Path(maps).open(encoding="utf-8", errors="replace") as lines:
-        if not any("libcuda.so" in line for line in lines):
-            return None
-    count = ctypes.c_int()
-    status: int = ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(count))
-    return status != CUDA_NOT_INITIALIZED
-
-
-def thread_count(task_dir: str = "/proc/self/task") -> int:
-    """Return the threads of this process, those of C libraries included."""
-    return len(list(Path(task_dir).iterdir()))
-
-
-def assert_fork_safe(*, maps: str = "/proc/self/maps", task_dir: str = "/proc/self/task") -> None:
-    """Arbiter: make sure that workers can be forked from this process.
-
-    Raises:
-        ForkUnsafeError: cuInit was called, or more than one thread runs.
-    """
-    findings = []
-    if cuda_initialised(maps):
-        findings.append(f"CUDA is initialised here (suspects: {CUDA_SUSPECTS})")
-    threads = thread_count(task_dir)
-    if threads > 1:
-        names = [thread.name for thread in threading.enumerate()]
-        native = f" and {threads - len(names)} of C libraries such as BLAS" if threads > len(names) else ""
-        findings.append(f"{threads} threads run here ({', '.join(names)}{native}) where only 1 may")
-    if findings:
-        raise ForkUnsafeError(
-            f"workers forked now would hang or lose their GPU: {'; '.join(findings)}; "
-            "set WARMFLEET_PRELOAD=imports, or remove what does this at import"
-        )

@@ -13,8 +13,6 @@ from service.scoreboard import Scoreboard, now
 from service.slots import CPU
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from service.settings import Settings
     from service.slots import SlotRecord
 
@@ -29,27 +27,32 @@ class Fleet:
     settings: Settings
     board: Scoreboard
     devices: tuple[str, ...]
-    folder: Path | None
+    problem: str
     load_permits: Permits
     roll_permit: Permits
     halt_permit: Permits
 
     @classmethod
-    def make(cls, settings: Settings, devices: tuple[str, ...], folder: Path | None, workers: int) -> Fleet:
-        """Arbiter: make everything that forks share."""
+    def make(cls, settings: Settings, devices: tuple[str, ...], workers: int, problem: str = "") -> Fleet:
+        """Arbiter: make everything that forks share; `problem` is why there is no model to load, if so."""
         board = Scoreboard(workers + SPARE_SLOTS)
         board.header.target = workers
         board.header.started = now()
-        at_once = (os.cpu_count() or 1) if devices == (CPU,) else len(devices)
+        at_once = len(devices) if devices != (CPU,) else len(os.sched_getaffinity(0))
         return cls(
             settings=settings,
             board=board,
             devices=devices,
-            folder=folder,
+            problem=problem,
             load_permits=Permits("load", settings.concurrent_loads or at_once),
             roll_permit=Permits("roll", 1),
             halt_permit=Permits("halt", 1),
         )
+
+    @property
+    def cuda(self) -> bool:
+        """Whether workers are pinned to GPUs."""
+        return self.devices != (CPU,)
 
     def readiness(self, records: list[SlotRecord] | None = None) -> Readiness:
         """Worker: decide whether the service is ready, and remember that it once was."""

@@ -1,29 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a model id into a checked local folder, downloaded first if need be. Arbiter, and a child of it.
+"""What a model id means, and what its folder must hold; the network is left alone. Arbiter.
 
-    a folder, package:NAME/SUBFOLDER, or a hub id that is cached ── find ──► check_folder ──► load
-    a hub id that is not ────────────── find (None) ── download ───────────► check_folder ──► load
-
-Only `download` touches the network, and only from a child process: an HTTP client leaves threads
-and sockets behind, which the arbiter's forks would inherit.
+a folder, package:NAME/SUBFOLDER, or a hub id that is cached ── find ─► check_folder ─► load
+a hub id that is not ───────────── find (None) ─► download.fetch ─────► check_folder ─► load
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import threading
-import time
-from contextlib import redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-from service.errors import ModelError, SettingsError
+from service.errors import SettingsError
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -35,7 +26,6 @@ OTHER_RUNTIMES = ("onnx/*", "openvino/*")
 PICKLED_MODULE = ("pytorch_model*.bin", "adapter_model.bin")  # what a module's folder would be loaded from
 PICKLES = (*PICKLED_MODULE, "*.pt", "*.pth", "*.ckpt")
 LFS_POINTER = b"version https://git-lfs"
-PROGRESS_EVERY_S = 10.0
 CONVERT = "convert it once, where you trust it, by SentenceTransformer(MODEL).save_pretrained(NEW_FOLDER)"
 
 
@@ -43,7 +33,7 @@ def find(settings: Settings) -> Path | None:
     """Return the local folder that the model id means; nothing is downloaded, no package imported.
 
     Returns:
-        The folder, or None for a hub model that `download` must fetch first, or complete.
+        The folder, or None for a hub model that must be downloaded first, or completed.
 
     Raises:
         SettingsError: there is no such folder or package, the id is malformed, or the model
@@ -55,15 +45,12 @@ def find(settings: Settings) -> Path | None:
     if looks_like_folder(model_id):
         return find_folder(model_id)
     folder = find_cached(settings)
-    if folder is None and is_offline():
-        raise SettingsError(refuse_offline(settings))
-    if folder is None or is_offline():
+    if is_offline():
+        if folder is None:
+            raise SettingsError(refuse_offline(settings))
         return folder
-    try:  # other programs leave snapshots of a config or a tokenizer alone, which nothing marks as partial
-        check_folder(folder)
-    except SettingsError:
-        return None
-    return folder
+    # Other programs leave snapshots of a config or a tokenizer alone, which nothing marks as partial.
+    return folder if folder and holds_model(folder) else None
 
 
 def looks_like_folder(model_id: str) -> bool:
@@ -170,6 +157,15 @@ def cache_folder(settings: Settings) -> Path:
     return Path(settings.hub_cache or HF_HUB_CACHE).expanduser()
 
 
+def holds_model(folder: Path) -> bool:
+    """Say whether the folder passes `check_folder`."""
+    try:
+        check_folder(folder)
+    except SettingsError:
+        return False
+    return True
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that does not hold a model in safetensors; reads the first bytes of a few files.
 
@@ -215,126 +211,3 @@ def missing_shards(folder: Path) -> list[Path]:
         except (ValueError, LookupError, TypeError, AttributeError):
             raise SettingsError(f"{index} is damaged; copy the model again") from None
     return sorted(shard for shard in shards if not shard.is_file())
-
-
-def download(settings: Settings, timeout_s: float) -> Path:
-    """Arbiter: fetch a hub model into the cache, in a child process, with progress on stderr.
-
-    Args:
-        settings: which model, and the token that may read it.
-        timeout_s: seconds after which the child is killed.
-
-    Returns:
-        The folder in the cache.
-
-    Raises:
-        ModelError: offline, refused by the hub, unreachable, too slow, or without safetensors.
-    """
-    if is_offline():
-        raise ModelError(refuse_offline(settings))
-    with start_child(settings) as child:
-        try:
-            wait(child, settings, timeout_s)
-        finally:  # also where a signal ends the arbiter
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-        answer = child.stdout.read().strip() if child.stdout else ""
-    if child.returncode != 0 or not answer:
-        reason = answer or f"its process ended with status {child.returncode}; the lines above may say why"
-        raise ModelError(f"model {hub_id(settings)} cannot be downloaded: {reason}")
-    if not any(Path(answer).rglob("*.safetensors")):
-        raise ModelError(f"model {hub_id(settings)} has no *.safetensors on the hub; {CONVERT}")
-    return Path(answer)
-
-
-def start_child(settings: Settings) -> subprocess.Popen[str]:
-    """Start this module as a process group of its own; it ends when our end of its stdin closes."""
-    code = CODE if settings.trust_remote_code else ""
-    arguments = [hub_id(settings), settings.revision or "", settings.hub_cache or "", code]
-    environment = os.environ | {
-        # With -P: the path on which the arbiter found itself, whatever `service` lies in this folder.
-        "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # without a terminal a bar is one endless line
-    }
-    if settings.hf_token:
-        environment["HF_TOKEN"] = settings.hf_token.get_secret_value()
-    return subprocess.Popen(  # noqa: S603 - ourselves
-        [sys.executable, "-P", "-m", "service.models", *arguments],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait(child: subprocess.Popen[str], settings: Settings, timeout_s: float) -> None:
-    """Wait for the child to end, and tell every few seconds how far it is."""
-    start_s = time.monotonic()
-    while (left_s := start_s + timeout_s - time.monotonic()) > 0:
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(min(PROGRESS_EVERY_S, left_s))
-            return
-        print(  # noqa: T201 - a download may come before logging is set up
-            f"warmfleet: downloading {hub_id(settings)}: {cached_bytes(settings) / 1e6:.0f} MB on disk "
-            f"after {time.monotonic() - start_s:.0f} s of at most {timeout_s:g} s",
-            file=sys.stderr,
-            flush=True,
-        )
-    raise ModelError(
-        f"model {hub_id(settings)} was not downloaded within download_timeout, {timeout_s:g} s "
-        f"({cached_bytes(settings) / 1e6:.0f} MB are there); raise it, or fill the hub cache beforehand"
-    )
-
-
-def cached_bytes(settings: Settings) -> int:
-    """Return how much of a model the cache holds, unfinished files included."""
-    folder = cache_folder(settings) / f"models--{hub_id(settings).replace('/', '--')}"
-    total_bytes = 0
-    for file in folder.glob("blobs/*"):
-        with suppress(FileNotFoundError):  # finished, and so renamed, just now
-            total_bytes += file.stat().st_size
-    return total_bytes
-
-
-def main(repo_id: str, revision: str, cache_dir: str, code: str) -> int:
-    """Child: download, and print the folder, or the reason why not, as the only words on stdout."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        with redirect_stdout(sys.stderr):
-            folder = snapshot(
-                repo_id, revision or None, cache_dir or None, code=bool(code), local_files_only=False
-            )
-    except Exception as error:  # noqa: BLE001 - whatever it is, the arbiter makes a ModelError of it
-        print(explain(error, revision))  # noqa: T201 - the answer
-        return 1
-    print(folder)  # noqa: T201 - the answer
-    return 0
-
-
-def end_with_parent() -> None:
-    """Child: end when the arbiter is gone, however it went, for it alone holds the other end of stdin."""
-    os.read(0, 1)
-    os._exit(1)
-
-
-def explain(error: Exception, revision: str) -> str:
-    """Turn what huggingface_hub raised into a clause that says what to do."""
-    from huggingface_hub import constants, errors
-
-    first_line = next(iter(str(error).splitlines()), "").removeprefix("Got: ")
-    match error:  # a gated repository is also one that was not found, so the order matters
-        case errors.GatedRepoError():
-            return "it is gated; accept its terms on its page, and set WARMFLEET_HF_TOKEN to a token of yours"
-        case errors.RepositoryNotFoundError():
-            return "the hub shows no such model; check the id, or set WARMFLEET_HF_TOKEN if it is private"
-        case errors.RevisionNotFoundError():
-            return f"it has no revision {revision}; correct WARMFLEET_REVISION, or unset it"
-        case errors.LocalEntryNotFoundError():
-            host = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
-            return f"the hub at {host} failed ({first_line}); check the network, or name a folder or package"
-    return f"{type(error).__name__}: {first_line}"
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from service import device, models
 from service.errors import SettingsError
+from service.slots import CPU
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +25,11 @@ class Preflight:
 
     devices: tuple[str, ...]
     folder: Path | None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether workers are pinned to GPUs."""
+        return self.devices != (CPU,)
 
 
 @cache
@@ -41,13 +47,14 @@ def check(settings: Settings) -> Preflight:
         if folder is not None:
             models.check_folder(folder)
     devices = device.discover(settings, os.environ)
-    if devices == (device.CPU,) and settings.dtype in ("float16", "bfloat16"):
+    found = Preflight(devices, folder)
+    if not found.cuda and settings.dtype in ("float16", "bfloat16"):
         msg = f"no GPU is visible, and dtype {settings.dtype} on CPU is about 100 times slower; use auto"
         raise SettingsError(msg)
-    if devices != (device.CPU,) and settings.preload == "weights":
+    if found.cuda and settings.preload == "weights":
         msg = "preload weights works on CPU only (a fork cannot take CUDA memory along); use imports or auto"
         raise SettingsError(msg)
-    return Preflight(devices, folder)
+    return found
 
 
 def _check_free(bind: str) -> None:

@@ -11,45 +11,53 @@ import gc
 import time
 from typing import TYPE_CHECKING
 
-from service import backends, device, models, preflight
+from service import backends, device, download, models, preflight
 from service.app import create_app
 from service.errors import WarmfleetError
 from service.logging import get
 from service.settings import load
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastapi import FastAPI
+
+    from service.settings import Settings
 
 LOG = get()
 
 
 def application() -> FastAPI:
     """Return the app with its backend imported and, on CPU, its weights loaded."""
-    began = time.monotonic()
     settings = load()
     found = preflight.check(settings)
     device.prepare_environment()
     app = create_app(settings)
-    folder = found.folder
-    problem = ""
+    folder, problem = found.folder, ""
     if folder is None and settings.backend != "stub":
-        try:
-            folder = models.download(settings, settings.download_timeout)
-        except WarmfleetError as error:
-            problem = str(error)
-    cuda = found.devices != (device.CPU,)
-    backend = backends.create(settings, folder, cuda=cuda)
+        folder, problem = _download(settings)
+    began = time.monotonic()
+    backend = backends.create(settings, folder, cuda=found.cuda)
     imported = time.monotonic()
-    if backend.preloadable and not cuda and settings.preload != "imports" and not problem:
+    if backend.preloadable and not found.cuda and settings.preload != "imports" and folder is not None:
         try:
             backend.load()
-        except WarmfleetError as error:
-            problem = str(error)
-    if problem:  # the workers will fail alike, and /ready will say so
-        LOG.error("the arbiter could not load the model: %s", problem)
-    app.state.backend, app.state.folder = backend, folder
+        except WarmfleetError as error:  # the workers will fail alike, and tell on /ready
+            LOG.error("the arbiter could not load the model: %s", error)  # noqa: TRY400 - a sentence will do
+    app.state.backend, app.state.problem = backend, problem
     app.state.import_seconds = imported - began
     app.state.preload_seconds = time.monotonic() - imported
     gc.collect()
     gc.freeze()  # the collector would write to every shared page
     return app
+
+
+def _download(settings: Settings) -> tuple[Path | None, str]:
+    """Return the model's folder, or None and the reason, which the workers will tell on /ready."""
+    try:
+        folder = download.fetch(settings)
+        models.check_folder(folder)
+    except WarmfleetError as error:
+        LOG.error("the model could not be downloaded: %s", error)  # noqa: TRY400 - a sentence will do
+        return None, str(error)
+    return folder, ""

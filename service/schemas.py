@@ -58,8 +58,8 @@ class EmbedRequest:
                     [inputs] if isinstance(inputs, str) else inputs, bare=False, truncate=parsed.truncate
                 )
         except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join(str(part) for part in problem["loc"] if part not in ("list[str]", "str"))
+            problem = max(error.errors(), key=lambda found: len(found["loc"]))  # names the index, if any does
+            place = _place(("inputs", *problem["loc"]) if bare and problem["loc"] else problem["loc"])
             message = f"{place}: {problem['msg']}" if place else problem["msg"]
             raise InvalidRequestError(message) from None
         if not request.texts:
@@ -78,3 +78,8 @@ class EmbedRequest:
         """
         reply = {"embeddings": vectors} if self.bare else vectors
         return orjson.dumps(reply, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Return `field` or `field.index`; other names are pydantic's own, of the branches of a union."""
+    return ".".join(str(part) for number, part in enumerate(loc) if number == 0 or isinstance(part, int))

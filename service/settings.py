@@ -330,7 +330,7 @@ def load() -> Settings:
     known = {variable for name in Settings.model_fields for variable in variables(name)}
     for variable in os.environ:
         if variable.startswith(PREFIX) and variable not in known and not SERVICE_LINK.match(variable):
-            close = difflib.get_close_matches(variable, known, n=1)
+            close = difflib.get_close_matches(variable, known, n=1, cutoff=0.8)
             hint = f"did you mean {close[0]}?" if close else "`warmfleet settings` lists them all."
             msg = f"unknown setting {variable}; {hint}"
             raise SettingsError(msg)

@@ -14,11 +14,11 @@ import fakecuda
 import pytest
 from fakecuda import log_lines, pid_of
 
-from service import device
+from service import fork_guard
 
 fake_libraries, fake_driver = fakecuda.fake_libraries, fakecuda.fake_driver  # fixtures
 
-ROOT = Path(device.__file__).parents[1]
+ROOT = Path(fork_guard.__file__).parents[1]
 STEERING = ("CUDA_", "FAKECUDA_", "FAKENVML_")
 
 LOADED = "import ctypes; driver = ctypes.CDLL('libcuda.so.1')"
@@ -26,7 +26,7 @@ CUINIT = f"{LOADED}; driver.cuInit(0)"
 
 REFUSED = """
     try:
-        device.assert_fork_safe()
+        fork_guard.assert_fork_safe()
     except ForkUnsafeError as error:
         answer(str(error))
 """
@@ -44,7 +44,7 @@ def answer_of(source: str, environ: dict[str, str]) -> tuple[int, Any]:
     """Run Python code that calls `answer(value)` in a fresh process; return its pid and the value."""
     lines = [
         "import json, os",
-        "from service import device",
+        "from service import device, fork_guard, gpus",
         "from service.errors import ForkUnsafeError",
         "def answer(value): print(json.dumps([os.getpid(), value]))",
     ]
@@ -66,7 +66,7 @@ class TestListing:
     def test_nvml_lives_in_a_child(self, fake_driver: dict[str, str], count: int) -> None:
         """All GPUs are listed by NVML in another process; the asking one loads neither NVML nor CUDA."""
         environ = {**fake_driver, "FAKECUDA_NDEV": str(count)}
-        pid, listed = answer_of("answer(device.list_gpus())", environ)
+        pid, listed = answer_of("answer(gpus.list_gpus())", environ)
         assert listed == [gpu(number + 1) for number in range(count)]
         lines = log_lines(environ)
         assert any("NVML init" in line for line in lines)
@@ -77,13 +77,13 @@ class TestListing:
         """CUDA_VISIBLE_DEVICES is checked against all GPUs, also where CUDA has to list them."""
         for extra in ({}, {"FAKENVML_FAIL": "1"}):
             environ = {**fake_driver, **extra, "CUDA_VISIBLE_DEVICES": "1"}
-            assert answer_of("answer(device.list_gpus())", environ)[1] == [gpu(1), gpu(2)]
+            assert answer_of("answer(gpus.list_gpus())", environ)[1] == [gpu(1), gpu(2)]
 
     @pytest.mark.parametrize("count", [0, 2])
     def test_cuda_lists_where_nvml_fails(self, fake_driver: dict[str, str], count: int) -> None:
         """Without NVML (WSL, no `utility` capability) a child asks CUDA; only the child calls cuInit."""
         environ = {**fake_driver, "FAKENVML_FAIL": "1", "FAKECUDA_NDEV": str(count)}
-        pid, listed = answer_of("answer([device.list_gpus(), device.cuda_initialised()])", environ)
+        pid, listed = answer_of("answer([gpus.list_gpus(), fork_guard.cuda_initialised()])", environ)
         assert listed == [[gpu(number + 1) for number in range(count)], None]
         callers = {pid_of(line) for line in log_lines(environ) if "cuInit" in line}
         assert len(callers) == 1
@@ -92,23 +92,23 @@ class TestListing:
     def test_mig_instances_replace_their_gpu(self, fake_driver: dict[str, str]) -> None:
         """Where MIG mode is on, the instances are listed, and not the GPU around them."""
         environ = {**fake_driver, "FAKECUDA_MIG": "3"}
-        assert answer_of("answer(device.list_gpus())", environ)[1] == [mig(1), mig(2), mig(3), gpu(2)]
+        assert answer_of("answer(gpus.list_gpus())", environ)[1] == [mig(1), mig(2), mig(3), gpu(2)]
 
     def test_mig_mode_without_instances_is_no_gpu(self, fake_driver: dict[str, str]) -> None:
         """A GPU in MIG mode that is not split yet cannot be used, and is not listed."""
         environ = {**fake_driver, "FAKECUDA_MIG": "0"}
-        assert answer_of("answer(device.list_gpus())", environ)[1] == [gpu(2)]
+        assert answer_of("answer(gpus.list_gpus())", environ)[1] == [gpu(2)]
 
     def test_cuda_names_mig_instances_as_such(self, fake_driver: dict[str, str]) -> None:
         """CUDA, which shows one instance, has it listed with the prefix that pinning needs."""
         environ = {**fake_driver, "FAKECUDA_MIG": "3", "FAKENVML_FAIL": "1"}
-        assert answer_of("answer(device.list_gpus())", environ)[1] == [mig(1)]
+        assert answer_of("answer(gpus.list_gpus())", environ)[1] == [mig(1)]
 
     def test_no_driver_is_none(self, tmp_path: Path) -> None:
         """Libraries that are no driver count as no driver, in silence."""
         for library in ("libcuda.so.1", "libnvidia-ml.so.1"):
             (tmp_path / library).touch()
-        assert answer_of("answer(device.list_gpus())", {"LD_LIBRARY_PATH": str(tmp_path)})[1] is None
+        assert answer_of("answer(gpus.list_gpus())", {"LD_LIBRARY_PATH": str(tmp_path)})[1] is None
 
     def test_asking_child_stays_light(self) -> None:
         """What the child imports of ours drags in neither torch, pydantic nor pynvml."""
@@ -123,7 +123,7 @@ class TestPin:
     def test_driver_sees_the_token_alone(self, fake_driver: dict[str, str], token: str, shown: str) -> None:
         """After `pin`, cuInit shows exactly the device of the token, even in a process that listed all."""
         environ = {**fake_driver, "FAKECUDA_MIG": "3"} if token.startswith("MIG") else fake_driver
-        source = f"device.list_gpus(); device.pin({token!r}); answer(device.ask_cuda())"
+        source = f"gpus.list_gpus(); device.pin({token!r}); answer(gpus.ask_cuda())"
         pid, listed = answer_of(source, environ)
         assert listed == [shown]
         own = [line for line in log_lines(environ) if pid_of(line) == pid and "cuInit" in line]
@@ -131,7 +131,7 @@ class TestPin:
 
     def test_cpu_sees_no_device(self, fake_driver: dict[str, str]) -> None:
         """A worker on CPU has no GPU, although the driver has."""
-        assert answer_of("device.pin('cpu'); answer(device.ask_cuda())", fake_driver)[1] == []
+        assert answer_of("device.pin('cpu'); answer(gpus.ask_cuda())", fake_driver)[1] == []
 
 
 class TestGuard:
@@ -139,18 +139,18 @@ class TestGuard:
         """None before libcuda is loaded, False once it is (as by importing torch), True after cuInit."""
         source = """if True:
             import ctypes
-            answers = [device.cuda_initialised()]
+            answers = [fork_guard.cuda_initialised()]
             driver = ctypes.CDLL("libcuda.so.1")
-            answers.append(device.cuda_initialised())
-            device.assert_fork_safe()
+            answers.append(fork_guard.cuda_initialised())
+            fork_guard.assert_fork_safe()
             driver.cuInit(0)
-            answers.append(device.cuda_initialised())
+            answers.append(fork_guard.cuda_initialised())
             answer(answers)"""
         assert answer_of(source, fake_driver)[1] == [None, False, True]
 
     def test_asking_initialises_nothing(self, fake_driver: dict[str, str]) -> None:
         """The guard itself leaves no cuInit behind."""
-        source = f"{LOADED}; answer(device.cuda_initialised())"
+        source = f"{LOADED}; answer(fork_guard.cuda_initialised())"
         assert answer_of(source, fake_driver)[1] is False
         assert [line.split(" ", 2)[2] for line in log_lines(fake_driver)] == ["libcuda loaded"]
 
@@ -173,7 +173,7 @@ class TestGuard:
 
     @pytest.mark.parametrize(
         ("before_fork", "status"),
-        [(CUINIT, device.CUDA_NOT_INITIALIZED), (LOADED, 0)],
+        [(CUINIT, fork_guard.CUDA_NOT_INITIALIZED), (LOADED, 0)],
         ids=["cuInit", "loaded"],
     )
     def test_control_a_spoiled_fork_is_seen(

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices: what the arbiter discovers and refuses, how a worker is pinned, when a fork is refused."""
+"""Devices: what the arbiter discovers, refuses and says of it, and how a worker is pinned."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service import device, logging
-from service.errors import ForkUnsafeError, SettingsError
+from service import device
+from service.errors import SettingsError
 from service.settings import Settings
 
 GPU_A = "GPU-aaaa1111-0000-0000-0000-000000000000"
@@ -173,56 +169,25 @@ class TestExplicitDevices:
         )
 
 
-class TestListGpus:
-    @pytest.fixture
-    def child(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-        """What the child writes; afterwards also how it was called."""
-        answer: dict[str, Any] = {"stdout": b"null", "stderr": b""}
-
-        def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
-            answer.update(options, command=command)
-            if answer["stdout"] is None:
-                raise subprocess.TimeoutExpired(command, options["timeout"])
-            return subprocess.CompletedProcess(command, 0, answer["stdout"], answer["stderr"])
-
-        monkeypatch.setattr(subprocess, "run", run)
-        return answer
-
-    @pytest.fixture
-    def warnings(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        lines: list[str] = []
-        logger = logging.get()
-        monkeypatch.setattr(logger, "warning", lambda text, *values: lines.append(text % values))
-        return lines
-
-    def test_answer_is_the_childs_output(self, child: dict[str, Any], warnings: list[str]) -> None:
-        """UUIDs, none, or None come from the child's standard output, in silence."""
-        for stdout, expected in ((b'["GPU-1", "MIG-2"]', ["GPU-1", "MIG-2"]), (b"[]", []), (b"null", None)):
-            child["stdout"] = stdout
-            assert device.list_gpus() == expected
-        assert warnings == []
-
-    def test_child_sees_all_gpus(self, child: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        """The child runs without CUDA_VISIBLE_DEVICES, which would hide GPUs from CUDA."""
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-        monkeypatch.setenv("LD_LIBRARY_PATH", "/driver")
-        device.list_gpus(timeout_s=3)
-        assert "CUDA_VISIBLE_DEVICES" not in child["env"]
-        assert child["env"]["LD_LIBRARY_PATH"] == "/driver"
-        assert child["command"][0] == sys.executable
-        assert child["timeout"] == 3
-
-    def test_hanging_driver_is_given_up(self, child: dict[str, Any], warnings: list[str]) -> None:
-        """A driver that does not answer in time counts as none, and the log says so."""
-        child["stdout"] = None
-        assert device.list_gpus(timeout_s=0.5) is None
-        assert warnings == ["no GPU list: the NVIDIA driver did not answer within 0.5 s"]
-
-    def test_broken_child_is_reported(self, child: dict[str, Any], warnings: list[str]) -> None:
-        """A child that writes no JSON counts as no driver, and the log ends with its last line."""
-        child.update(stdout=b"", stderr=b"Traceback\nImportError: no service\n")
-        assert device.list_gpus() is None
-        assert warnings == ["no GPU list: the child that asks the driver failed: ImportError: no service"]
+class TestDescribe:
+    @pytest.mark.parametrize(
+        ("visible", "settings", "text"),
+        [
+            (None, {}, f"2 GPUs from the driver: {GPU_A}, {GPU_B}"),
+            ("1", {}, "1 GPU from CUDA_VISIBLE_DEVICES: 1"),
+            (None, {"devices": "1"}, f"1 GPU from WARMFLEET_DEVICES: {GPU_B}"),
+            ("0,1", {"devices": "1,0"}, "2 GPUs from WARMFLEET_DEVICES: 1, 0"),
+            ("", {}, "the CPU: no GPU is visible"),
+            ("0", {"device": "cpu"}, "the CPU: WARMFLEET_DEVICE=cpu"),
+        ],
+    )
+    def test_says_what_was_picked_and_from_where(
+        self, visible: str | None, settings: dict[str, Any], text: str
+    ) -> None:
+        """The log names the devices, and who named them: the driver or a variable."""
+        environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        picked = discover(TWO, visible, **settings)
+        assert device.describe(picked, Settings(**settings), environ) == text
 
 
 class TestEnvironment:
@@ -260,53 +225,3 @@ class TestEnvironment:
         environ = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
         device.pin(token, environ)
         assert environ == {"CUDA_VISIBLE_DEVICES": value}
-
-
-class TestForkGuard:
-    @pytest.fixture
-    def one_thread(self, tmp_path: Path) -> str:
-        (tmp_path / "task" / "100").mkdir(parents=True)
-        return str(tmp_path / "task")
-
-    @pytest.fixture
-    def no_cuda(self, tmp_path: Path) -> str:
-        (tmp_path / "maps").write_text("7f00-7f01 r-xp 0 08:01 1 /usr/lib/libcudart.so.13\n")
-        return str(tmp_path / "maps")
-
-    def test_no_driver_mapped_is_none(self, no_cuda: str) -> None:
-        """Without libcuda in the process there is nothing to ask; the runtime library does not count."""
-        assert device.cuda_initialised(no_cuda) is None
-
-    def test_threads_are_counted(self) -> None:
-        """The count comes from the kernel: one more while a thread runs."""
-        before, release = device.thread_count(), threading.Event()
-        thread = threading.Thread(target=release.wait)
-        thread.start()
-        assert device.thread_count() == before + 1
-        release.set()
-        thread.join()
-
-    def test_clean_process_may_fork(self, no_cuda: str, one_thread: str) -> None:
-        """One thread and no CUDA: nothing is raised."""
-        device.assert_fork_safe(maps=no_cuda, task_dir=one_thread)
-
-    def test_threads_are_named(self, no_cuda: str, one_thread: str) -> None:
-        """More than one thread is refused, with the names that Python knows and the number of others."""
-        known = [thread.name for thread in threading.enumerate()]
-        for thread_id in range(len(known) + 1):
-            (Path(one_thread) / str(200 + thread_id)).mkdir()
-        with pytest.raises(ForkUnsafeError) as caught:
-            device.assert_fork_safe(maps=no_cuda, task_dir=one_thread)
-        text = str(caught.value)
-        assert f"{len(known) + 2} threads run here ({', '.join(known)} and 2 of C libraries" in text
-        assert "\n" not in text
-
-    def test_initialised_cuda_is_refused(
-        self, no_cuda: str, one_thread: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A cuInit in this process is refused, with the usual suspects."""
-        monkeypatch.setattr(device, "cuda_initialised", lambda maps: True)
-        with pytest.raises(
-            ForkUnsafeError, match=r"CUDA is initialised here \(suspects: .*forward.*; set WARMFLEET"
-        ):
-            device.assert_fork_safe(maps=no_cuda, task_dir=one_thread)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For all tests: the folder is the marker, and a missing tool skips at home and fails in CI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TESTS = Path(__file__).parent
+FOLDERS = {"unit", "process", "chart", "docs", "gpu", "model"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the name of its folder, so that `-m unit` and `tests/unit` are the same."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
+        if folder in FOLDERS:
+            item.add_marker(folder)
+
+
+@pytest.fixture(scope="session")
+def need() -> Callable[[str], str]:
+    """Give the path of a program, as in `promtool = need("promtool")`: without it skip, but fail in CI."""
+
+    def find(program: str) -> str:
+        path = shutil.which(program)
+        if path is None and os.environ.get("CI") == "true":
+            pytest.fail(f"{program} is not installed, and CI must run every test")
+        if path is None:
+            pytest.skip(f"{program} is not installed")
+        return path
+
+    return find
