@@ -174,7 +174,8 @@ class Shedding:
 
         async def send_head(event: ASGISendEvent) -> None:
             if event["type"] == "http.response.start" and self._sheds():
-                event["headers"] = [*event.get("headers", ()), (b"connection", b"close")]
+                others = [pair for pair in event.get("headers", ()) if pair[0] != b"connection"]
+                event["headers"] = [*others, (b"connection", b"close")]
             await send(event)
 
         await self._app(scope, receive, send_head)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LOG = get()
 POLL_S = 0.02
+LOG_S = 1.0
 CPU_BATCH_TOKENS = 512
 """A quarter of a second on one core for a small model; bigger batches gain nothing there."""
 CUDA_BATCH_TOKENS = 16384
@@ -121,7 +122,7 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
                 known=board.record(slot).shapes,
                 max_rounds=settings.warmup_rounds,
                 budget_s=settings.warmup_budget or (CUDA_WARMUP_S if fleet.cuda else CPU_WARMUP_S),
-                report=lambda done, doing: board.note_progress(slot, done, doing),
+                report=_Progress(fleet, slot),
             )
         except OutOfMemoryError as error:
             raise WarmupError(str(error)) from error
@@ -134,6 +135,20 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
     board.rows[slot].max_batch_tokens = result.max_batch_tokens
     board.note_stage(slot, Stage.WARMUP, now() - began)
     return result
+
+
+class _Progress:
+    """Shows how far warm-up is: on the scoreboard at every pass, in the log once a second."""
+
+    def __init__(self, fleet: Fleet, slot: int) -> None:
+        self._board, self._slot, self._logged = fleet.board, slot, now()
+
+    def __call__(self, done: float, doing: str) -> None:
+        """Show it."""
+        self._board.note_progress(self._slot, done, doing)
+        if now() - self._logged >= LOG_S:
+            self._logged = now()
+            LOG.info("warming up: %.0f %%, %s", 100 * done, doing or "done")
 
 
 def measure(fleet: Fleet, slot: int, backend: Backend) -> None:

@@ -43,6 +43,8 @@ DEADLINE_S = 20.0
 """Within which every request must be answered or refused: no request waits for ever."""
 PATIENCE_S = 45.0
 """For conditions on a noisy machine; a test fails long after it would have passed."""
+PROBE_S = 2.0
+"""For one answer of the ops listener."""
 POLL_S = 0.02
 STALE_S = 3.0
 """A worker that was silent for longer does not count as ready."""
@@ -237,7 +239,8 @@ class Service:
         self.scrapes: list[Metrics] = []
         if "stub_scenario" in settings:
             settings["stub_scenario"] = SCENARIOS / f"{settings['stub_scenario']}.toml"
-        chosen = {"backend": "stub", "device": "cpu", "bind": self.bind, "ops_bind": self.ops_bind} | settings
+        defaults = {"backend": "stub", "device": "cpu", "bind": self.bind, "ops_bind": self.ops_bind}
+        chosen = defaults | {"drain_grace": 0.1} | settings  # most tests drain idle workers
         ours = {f"WARMFLEET_{name.upper()}": str(value) for name, value in chosen.items()}
         kept = {
             name: value
@@ -291,18 +294,34 @@ class Service:
         """Base of the API."""
         return f"http://{self.bind}"
 
-    def get(self, path: str, *, ops: bool = True, timeout: float = DEADLINE_S) -> httpx.Response:
-        """Ask the ops listener, or the main one."""
-        return self._client.get(f"http://{self.ops_bind if ops else self.bind}{path}", timeout=timeout)
+    def get(self, path: str, *, ops: bool = True) -> httpx.Response:
+        """Ask the ops listener, or the main one, once; the service must be up."""
+        return self._client.get(f"http://{self.ops_bind if ops else self.bind}{path}")
+
+    def ask(self, path: str) -> httpx.Response:
+        """Ask the ops listener; again, as a probe would, if the worker that took the connection hangs or dies."""
+
+        def answer() -> httpx.Response | None:
+            try:
+                return self._client.get(f"http://{self.ops_bind}{path}", timeout=PROBE_S)
+            except httpx.ConnectError:
+                raise
+            except httpx.TransportError:
+                return None
+
+        end = time.monotonic() + DEADLINE_S
+        while (reply := answer()) is None:
+            assert time.monotonic() < end, f"{path} is not answered"
+        return reply
 
     def ready(self) -> tuple[int, dict[str, Any]]:
         """Return status and body of /ready."""
-        reply = self.get("/ready")
+        reply = self.ask("/ready")
         return reply.status_code, reply.json()
 
     def workers(self) -> dict[int, dict[str, Any]]:
         """Return the rows of /workers by slot."""
-        rows = self.get("/workers").json()["workers"]
+        rows = self.ask("/workers").json()["workers"]
         by_slot = {row["slot"]: row for row in rows}
         assert len(by_slot) == len(rows), f"a slot is listed twice: {rows}"
         return by_slot
@@ -321,7 +340,7 @@ class Service:
 
     def metrics(self) -> Metrics:
         """Scrape."""
-        self.scrapes.append(Metrics.parse(self.get("/metrics").text))
+        self.scrapes.append(Metrics.parse(self.ask("/metrics").text))
         return self.scrapes[-1]
 
     def embed(self, texts: Sequence[str] = ("hello world",)) -> Outcome:

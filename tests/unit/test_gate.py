@@ -111,27 +111,22 @@ def test_the_rules_are_applied_in_their_order(situation: Situation, expected: Ve
 PEERS = st.lists(st.builds(peer, st.integers(0, 9), st.sampled_from(State), st.floats(0, 2)), max_size=6)
 
 
-@given(
-    PEERS,
-    st.sampled_from(COLD),
-    st.integers(0, 9),
-    st.integers(0, 99),
-    st.booleans(),
-    st.floats(0, 20),
-    st.booleans(),
+SITUATIONS = st.builds(
+    Situation,
+    state=st.sampled_from(COLD),
+    load=st.integers(0, 9),
+    siblings=PEERS,
+    looks=st.integers(0, 99),
+    ever_ready=st.booleans(),
+    cold_s=st.floats(0, 20),
+    stopping=st.booleans(),
 )
-def test_no_cold_worker_ever_accepts_while_a_warm_one_is_there(
-    peers: list[Peer],
-    state: State,
-    load: int,
-    looks: int,
-    ever: bool,
-    cold: float,
-    stopping: bool,  # noqa: FBT001
-) -> None:
+
+
+@given(SITUATIONS)
+def test_no_cold_worker_ever_accepts_while_a_warm_one_is_there(situation: Situation) -> None:
     """Whatever else is the case: a READY sibling with a fresh beat means that a cold worker takes nothing."""
-    situation = Situation(state, load, [*peers, peer(9)], looks, ever, cold, 10.0, stopping)
-    assert decide(situation, NOW) is LEAVE
+    assert decide(replace(situation, siblings=[*situation.siblings, peer(9)]), NOW) is LEAVE
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8))

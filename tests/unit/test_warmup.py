@@ -89,11 +89,11 @@ def test_the_worst_batch_comes_first(budget: int, longest: int, expected: list[t
 
 @given(budget=st.integers(8, 1 << 16), longest=st.integers(1, 8192))
 def test_no_shape_is_above_the_budget_or_asked_for_twice(budget: int, longest: int) -> None:
-    """What is warmed can also be computed, and nothing is warmed again."""
+    """What is warmed can be computed, nothing is warmed twice, and the two worst batches fill the budget."""
     shapes = shapes_for(budget, longest)
     assert len(set(shapes)) == len(shapes)
     assert all(texts * tokens <= budget and tokens <= longest for texts, tokens in shapes)
-    assert max(texts * tokens for texts, tokens in shapes) == shapes[0][0] * shapes[0][1] or longest < 16
+    assert all(budget - texts * tokens < tokens for texts, tokens in shapes[:2])
 
 
 def test_probes_have_the_tokens_they_are_asked_for(model: FakeModel) -> None:
@@ -135,8 +135,8 @@ def gpu_like(random_: random.Random, number: int) -> float:
 
 
 def slow_ramp(random_: random.Random, number: int) -> float:
-    """A device whose clock rises: each pass takes a fifth less of what is too much."""
-    return STEADY * (1 + 3 * 0.8**number) * random_.gauss(1, 0.02)
+    """A device whose clock rises: of what is too much, each pass leaves seven tenths."""
+    return STEADY * (1 + 3 * 0.7**number) * random_.gauss(1, 0.02)
 
 
 def one_late_pause(random_: random.Random, number: int) -> float:
@@ -147,13 +147,13 @@ def one_late_pause(random_: random.Random, number: int) -> float:
 def premature(
     rule: Callable[[Sequence[float]], bool], device: Callable[..., float], seeds: int = 400
 ) -> float:
-    """Return the share of devices that the rule calls warm while passes still take a tenth too long."""
+    """Return the share of devices that the rule calls warm while passes still take 15 % too long."""
     early = 0
     for seed in range(seeds):
         random_, seconds = random.Random(seed), []
         while len(seconds) < 20 and not rule(seconds):
             seconds.append(device(random_, len(seconds)))
-        early += len(seconds) < 20 and statistics.median(seconds[-MIN_ROUNDS:]) > 1.1 * STEADY
+        early += len(seconds) < 20 and statistics.median(seconds[-MIN_ROUNDS:]) > 1.15 * STEADY
     return early / seeds
 
 
@@ -264,7 +264,7 @@ SPOILT: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
 @pytest.mark.parametrize("problem", SPOILT)
 @pytest.mark.parametrize("when", [1, 3])
 def test_a_wrong_output_fails_the_warm_up(model: FakeModel, problem: str, when: int) -> None:
-    """Rows, dimension, values, length and sameness are checked in every pass; the error names what is wrong."""
+    """Rows, dimension, values, length and sameness are checked in every pass; the error names the flaw."""
     model.spoil = lambda vectors, number: SPOILT[problem](vectors) if number == when else vectors
     with pytest.raises(WarmupError) as caught:
         model.warm(shapes=[(2, 16)])
@@ -341,5 +341,5 @@ def test_other_errors_pass_through(model: FakeModel) -> None:
         raise DeviceLostError(msg)
 
     model.seconds = lose
-    with pytest.raises(DeviceLostError, match="^Xid 79$"):
+    with pytest.raises(DeviceLostError, match="Xid 79"):
         model.warm()
