@@ -44,7 +44,7 @@ seconds = {seconds}
 
 
 def deviation(counts: Iterable[int], workers: int) -> float:
-    """Return the largest distance from an even share, as a part of that share; workers without any count as 0."""
+    """Return the largest distance from an even share, as a part of it; a worker without any counts too."""
     listed = [*counts]
     listed += [0] * (workers - len(listed))
     even = sum(listed) / workers
@@ -91,7 +91,7 @@ def loop_of(server: Server) -> str:
 
 
 def burst(port: int, connections: int) -> tuple[list[str], float]:
-    """Open all connections, a request on each at once; return who answered (x-pid, or nothing) and the seconds."""
+    """Open all connections and send on each at once; return who answered (x-pid, if any) and the seconds."""
     body = json.dumps(["fair"]).encode()
     head = f"POST /embed HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\ncontent-type: application/json\r\n"
     wire = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
@@ -224,7 +224,7 @@ def measure_keepalive(loop: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def even_since(looks: list[dict[str, Any]], ready_at: float, key: str) -> float | None:
-    """Return the seconds from all ready to the first of several even looks in a row; None if that never came."""
+    """Return the seconds from all ready to the first of some even looks in a row; None: there were none."""
     run = 0
     for index, look in enumerate(looks):
         run = run + 1 if deviation(look[key], len(look[key])) <= EVEN else 0
@@ -329,9 +329,8 @@ def main() -> None:
         for loop in args.loops:
             sample = measure_keepalive(loop, args)
             record.add(kind="keep-alive", round=number, loop=loop, **sample)
-            harness.progress(
-                f"round {number + 1}: keep-alive, {loop}: even after {sample['even_s']} s, loads {sample['last_loads']}"
-            )
+            even, loads = sample["even_s"], sample["last_loads"]
+            harness.progress(f"round {number + 1}: keep-alive, {loop}: even after {even} s, loads {loads}")
         record.save()
     record.finish(summarise(record, args))
 

@@ -8,6 +8,7 @@ import asyncio
 import http.client
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -514,7 +515,7 @@ class Record:
 def percentile(values: Iterable[float], percent: float) -> float:
     """Return the value below which so many percent lie, by nearest rank."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, -(-len(ordered) * percent // 100) - 1).__trunc__())]
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def median(values: Iterable[float]) -> float:

@@ -22,21 +22,22 @@ if TYPE_CHECKING:
 
 MODES = ("new connections", "keep-alive")
 SLOWEST = 5
+UNKNOWN = "before the first reply"
 KNOCK_S = 0.002
 """Between two attempts to connect before anybody listens."""
 
 
 def measure(preload: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Boot once, and ask all the while; return each reply's time, latency in ms and what the slots did."""
+    """Boot once, and ask all the while; return every latency, grouped by what the slots did."""
     server = harness.warmfleet(workers=args.workers, preload=preload)
     with server:
         while not listens(server.ops_port):
             assert server.process.poll() is None, "the server ended before it listened"
             time.sleep(KNOCK_S)
         listen_s = server.since_exec()
-        replies, lost = ask(server, args, keep=mode == "keep-alive")
+        spans, lost = ask(server, args, keep=mode == "keep-alive")
         stages = {slot: row["stage_seconds"] for slot, row in server.workers().items()}
-    return {"listen_s": listen_s, "stages": stages, "lost": lost, "replies": replies}
+    return {"listen_s": listen_s, "stages": stages, "lost": lost, "spans": spans}
 
 
 def listens(port: int) -> bool:
@@ -45,9 +46,12 @@ def listens(port: int) -> bool:
         return sock.connect_ex((harness.HOST, port)) == 0
 
 
-def ask(server: Server, args: argparse.Namespace, *, keep: bool) -> tuple[list[list[Any]], int]:
-    """Ask until /ready says yes; return the replies, and how many requests got none."""
-    replies: list[list[Any]] = []
+def ask(server: Server, args: argparse.Namespace, *, keep: bool) -> tuple[list[dict[str, Any]], int]:
+    """Ask until /ready says yes; return spans of like replies, and how many requests got no reply.
+
+    A span is a run of replies that say the same: when it began, what they say, and the latency of each.
+    """
+    spans: list[dict[str, Any]] = []
     lost = 0
     origin = time.perf_counter()
     connection: http.client.HTTPConnection | None = None
@@ -61,26 +65,38 @@ def ask(server: Server, args: argparse.Namespace, *, keep: bool) -> tuple[list[l
             connection.close()
             connection = None
             continue
-        replies.append([round(began - origin, 4), round(reply.seconds * 1e3, 3), doing(reply.body)])
+        said = doing(reply.body)
+        if not spans or spans[-1]["said"] != said:
+            spans.append({"t": round(began - origin, 4), "said": said, "ms": []})
+        spans[-1]["ms"].append(round(reply.seconds * 1e3, 2))
         if reply.status == 200:
             break
         if not keep or "close" in reply.headers.get("connection", ""):
             connection.close()
             connection = None
         time.sleep(args.pause_ms / 1e3)
-    return replies, lost
+    return spans, lost
 
 
 def doing(body: bytes) -> str:
     """Return the state of each slot, and what it is busy with, as one line."""
     rows = json.loads(body)["workers"]
-    return ", ".join(f"{row['state']} ({row['doing']})" if row["doing"] else row["state"] for row in rows)
+    return "; ".join(f"{row['state']} ({row['doing']})" if row["doing"] else row["state"] for row in rows)
 
 
 def states(line: str) -> str:
     """Return the states alone, each once: `loading+warming`."""
-    found = {part.split(" (")[0] for part in line.split(", ") if "round" not in part.split(" (")[0]}
-    return "+".join(sorted(found))
+    return "+".join(sorted({part.split(" (")[0] for part in line.split("; ")}))
+
+
+def replies_of(sample: dict[str, Any]) -> list[tuple[float, str, str]]:
+    """Return each reply as latency, what the reply before it said, and what it said."""
+    said, replies = UNKNOWN, []
+    for span in sample["spans"]:
+        for ms in span["ms"]:
+            replies.append((ms, said, span["said"]))
+            said = span["said"]
+    return replies
 
 
 def summarise(record: Record, args: argparse.Namespace) -> dict[str, Any]:
@@ -89,18 +105,16 @@ def summarise(record: Record, args: argparse.Namespace) -> dict[str, Any]:
     for preload in args.preload:
         for mode in MODES:
             samples = record.of(preload=preload, mode=mode)
-            replies = [reply for sample in samples for reply in sample["replies"]]
+            replies = [reply for sample in samples for reply in replies_of(sample)]
             if not replies:
                 continue
-            figures = latencies([reply[1] for reply in replies])
+            figures = latencies([reply[0] for reply in replies])
             rows.append((preload, mode, len(samples), *figures.values(), sum(s["lost"] for s in samples)))
             summary[f"{preload}, {mode}"] = figures
             stages: dict[str, list[float]] = {}
-            for sample in samples:
-                for before, reply in zip([None, *sample["replies"]], sample["replies"], strict=False):
-                    was = before[2] if before else "before the first reply"
-                    stages.setdefault(states(was) if before else was, []).append(reply[1])
-                    slowest.append((reply[1], preload, mode, was, reply[2]))
+            for ms, before, said in replies:
+                stages.setdefault(states(before), []).append(ms)
+                slowest.append((ms, preload, mode, before, said))
             by_state += [(preload, mode, name, *latencies(found).values()) for name, found in stages.items()]
     units = ["n", "p50 ms", "p99 ms", "max ms"]
     print("\nEvery reply from the listen until all workers are ready.\n")
@@ -139,7 +153,7 @@ def main() -> None:
         for preload, mode in random.sample(cells, len(cells)):
             sample = measure(preload, mode, args)
             record.add(round=number, preload=preload, mode=mode, **sample)
-            figures = latencies([reply[1] for reply in sample["replies"]])
+            figures = latencies([reply[0] for reply in replies_of(sample)])
             harness.progress(f"round {number + 1}: preload {preload}, {mode}: {figures}")
         record.save()
     record.finish(summarise(record, args))

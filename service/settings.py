@@ -35,7 +35,12 @@ class Settings(BaseSettings):
     """What can be set. Each field is `WARMFLEET_<NAME>` and `warmfleet serve --<name>`."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_ignore_empty=True, populate_by_name=True, extra="forbid", frozen=True
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        populate_by_name=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,  # no timer can be set to it
     )
 
     # Model
@@ -348,7 +353,8 @@ def explain(problem: ErrorDetails) -> str:
     variable = str(problem["loc"][0])
     field = next((f for n, f in Settings.model_fields.items() if variable in (n, *variables(n))), None)
     secret = field is not None and "Secret" in str(field.annotation)
-    return f"{variable}={'***' if secret else problem['input']}: {text}"
+    value = "***" if secret else str(problem["input"]).replace("\n", "\\n")
+    return f"{variable}={value}: {text}"
 
 
 def load_or_exit() -> Settings:

@@ -17,20 +17,20 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from uvicorn.config import Config
 from uvicorn_worker import UvicornWorker
 
 from service.accept import GatedServer, Shedding
 from service.boot import measure
-from service.errors import WarmfleetError, WarmupError
+from service.failing import Failing
 from service.gate import Gate
 from service.lifecycle import Failure, State
 from service.logging import get
 from service.ops import create_ops_app
 from service.scoreboard import now
-from service.slots import device_is_dead, halt_is_due, may_leave
+from service.slots import may_leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,8 +43,6 @@ NOTIFY_S = 1.0
 MEASURE_S = 15.0
 SETTLE_S = 0.25
 """For the last accepted connections to send their request before a drain closes silent ones."""
-BOOT_ERROR = 3
-"""Gunicorn halts its arbiter when a worker exits so."""
 
 HTTP: dict[str, Any] = {
     "loop": "auto",
@@ -119,22 +117,20 @@ class FleetWorker(UvicornWorker):
 
     async def _boot(self) -> None:
         """Run the `post_worker_init` hook on the model thread; become READY, or say why not and end."""
-        board, settings = self.fleet.board, self.fleet.settings
-        row, header = board.rows[self.slot], board.header
-        given_up = row.failures >= settings.boot_attempts and not header.ever_ready
-        if given_up or device_is_dead(board.records(), board.record(self.slot).device):
-            await self._park()
+        failing = Failing(self.fleet, self.slot, self._exit)
+        if failing.has_given_up:
+            await failing.park()
         try:
-            await asyncio.get_running_loop().run_in_executor(self.model_thread, self._boot_hook, self)
+            await self._loop.run_in_executor(self.model_thread, self._boot_hook, self)
         except Exception as error:  # noqa: BLE001 - whatever the model's code raises
-            await self._boot_failed(error)
+            await failing.explain(error)
         self._become_ready()
 
     def _become_ready(self) -> None:
         """Handle SIGTERM first, open the gate second: from here on there is something to drain."""
-        loop, board = asyncio.get_running_loop(), self.fleet.board
+        board = self.fleet.board
         for signum in (signal.SIGTERM, signal.SIGQUIT):
-            loop.add_signal_handler(signum, self._leave.set)
+            self._loop.add_signal_handler(signum, self._leave.set)
         board.rows[self.slot].ready_at = board.header.last_ready = now()
         board.header.ever_ready = 1
         board.enter(self.slot, State.READY, now())
@@ -142,43 +138,11 @@ class FleetWorker(UvicornWorker):
         seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in record.stage_seconds.items())
         LOG.info("ready on %s: %s", record.device, seconds)
 
-    async def _boot_failed(self, error: Exception) -> None:
-        """Leave the reason on the scoreboard; make way for the next try, or stay and tell."""
-        board, settings = self.fleet.board, self.fleet.settings
-        expected = isinstance(error, WarmfleetError)
-        text = str(error) if expected else f"{type(error).__name__}: {error}"
-        LOG.error("the boot failed: %s", text, exc_info=None if expected else error)
-        board.fail(self.slot, Failure.WARMUP if isinstance(error, WarmupError) else Failure.LOAD, text)
-        if board.header.ever_ready or board.rows[self.slot].failures + 1 < settings.boot_attempts:
-            self._exit(1)
-        await self._park()
-
-    async def _park(self) -> None:
-        """FAILED: answer probes with the reason, until another try makes sense or nobody tries any more."""
-        board, permit = self.fleet.board, self.fleet.halt_permit
-        board.enter(self.slot, State.FAILED, now())
-        device, header = board.record(self.slot).device, board.header
-        LOG.error("giving up on slot %d: %s", self.slot, board.record(self.slot).error)
-        while True:
-            records = board.records()
-            if halt_is_due(records, target=header.target, ever_ready=bool(header.ever_ready)):
-                # Exactly one may exit so: a second would break the arbiter's own halt.
-                if permit.try_acquire() is not None and not header.halting:
-                    header.halting = 1
-                    LOG.critical("no worker can become ready; stopping: %s", board.record(self.slot).error)
-                    self._exit(BOOT_ERROR)
-            elif header.ever_ready and not device_is_dead(records, device):
-                self._exit(1)
-            elif board.rows[self.slot].epoch < header.roll_epoch:  # an operator asked for another try
-                board.enter(self.slot, State.DRAINING, now())
-                self._exit(0)
-            await asyncio.sleep(BEAT_S)
-
     # Serving
 
     async def _pulse(self) -> None:
         """Beat: liveness, load and memory on the scoreboard, and what a worker must notice by itself."""
-        board, loop = self.fleet.board, asyncio.get_running_loop()
+        board = self.fleet.board
         row, header = board.rows[self.slot], board.header
         notified = measured = now()
         while True:
@@ -191,7 +155,9 @@ class FleetWorker(UvicornWorker):
                 header.last_ready = time
                 if time - measured >= MEASURE_S:
                     measured = time
-                    loop.run_in_executor(None, measure, self.fleet, self.slot, self.wsgi.state.engine.backend)
+                    self._loop.run_in_executor(
+                        None, measure, self.fleet, self.slot, self.wsgi.state.engine.backend
+                    )
                 self._roll_if_asked()
             elif row.state != State.DRAINING and self._gate.siblings_serve:
                 self._main.close_silent()
@@ -251,7 +217,7 @@ class FleetWorker(UvicornWorker):
         engine.close()
         self.model_thread.shutdown(wait=False)
 
-    def _exit(self, code: int) -> None:
+    def _exit(self, code: int) -> NoReturn:
         """End at once: interpreter shutdown would wait for threads that are inside C code."""
         logging.shutdown()
         sys.stderr.flush()
