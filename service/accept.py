@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 import time
-from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.server import Server
@@ -19,7 +19,6 @@ from uvicorn.server import Server
 from service.gate import Verdict
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Iterator, Sequence
 
     from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
@@ -46,7 +45,7 @@ class GatedServer(Server):
         self._listeners = list(listeners)
         self._verdict = verdict or (lambda _load, _looks: Verdict.ACCEPT)
         self._looks = 0
-        self._unread: deque[tuple[Any, float]] = deque()
+        self._unread: list[tuple[Any, float]] = []
         self._connecting: set[asyncio.Task[None]] = set()
         self._closed = False
         self.accepting = asyncio.Event()
@@ -59,10 +58,9 @@ class GatedServer(Server):
     @property
     def unread(self) -> int:
         """Connections accepted a moment ago that have not sent a whole request head yet."""
-        unread, old = self._unread, time.monotonic() - SILENT_S
-        while unread and (unread[0][1] < old or _has_spoken(unread[0][0])):
-            unread.popleft()
-        return len(unread) + len(self._connecting)
+        old = time.monotonic() - SILENT_S
+        self._unread = [(p, since) for p, since in self._unread if since >= old and not _has_spoken(p)]
+        return len(self._unread)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -92,11 +90,16 @@ class GatedServer(Server):
             for listener in self._listeners:
                 self._loop.remove_reader(listener.fileno())
 
-    def accept_waiting(self) -> None:
-        """Accept everything that is queued: when the service stops, what stays would be reset."""
+    def accept_the_last(self) -> None:
+        """Accept everything that is queued, and have the kernel refuse the rest: left queued, it would be reset.
+
+        The listener is shut, not closed: that holds for all workers, also for one that hangs.
+        """
         for listener in self._listeners:
             while self._accept(listener):
                 pass
+            with suppress(OSError):  # a sibling was quicker
+                listener.shutdown(socket.SHUT_RDWR)
 
     def close_silent(self) -> None:
         """Close connections that never sent a request; a warm worker will take the next attempt."""
@@ -129,25 +132,26 @@ class GatedServer(Server):
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # a sibling was quicker
             return False
         except OSError as error:
+            if error.errno == errno.EINVAL:  # a sibling has shut the listener: the service stops
+                self.stop_accepting()
+                return False
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
             self._rest(listener, 1.0)  # no descriptors: trying again at once would spin
             return False
         connection.setblocking(False)
-        task = self._loop.create_task(self._connect(connection))
+        protocol = self._protocol()  # kept: where there is TLS, the loop would return its own
+        self._unread.append((protocol, time.monotonic()))
+        task = self._loop.create_task(self._connect(connection, protocol))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
         return True
 
-    async def _connect(self, connection: socket.socket) -> None:
+    async def _connect(self, connection: socket.socket, protocol: asyncio.Protocol) -> None:
         try:
-            _, protocol = await self._loop.connect_accepted_socket(
-                self._protocol, connection, ssl=self.config.ssl
-            )
+            await self._loop.connect_accepted_socket(lambda: protocol, connection, ssl=self.config.ssl)
         except OSError:  # the client is gone, or spoke no TLS
             connection.close()
-            return
-        self._unread.append((protocol, time.monotonic()))
 
     def _protocol(self) -> asyncio.Protocol:
         config = self.config
@@ -159,7 +163,8 @@ class GatedServer(Server):
 
 def _has_spoken(protocol: Any) -> bool:  # noqa: ANN401 - one of uvicorn's two HTTP protocols
     """Whether a connection has sent a request, or is gone."""
-    return protocol.cycle is not None or protocol.transport is None or protocol.transport.is_closing()
+    transport = protocol.transport  # None until TLS is agreed on
+    return protocol.cycle is not None or (transport is not None and transport.is_closing())
 
 
 class Shedding:

@@ -54,7 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def authorized(request: Request) -> None:
+async def authorized(request: Request) -> None:
     """Let the request pass if no API key is set, or it carries the key."""
     key = request.app.state.settings.api_key
     if key is None:
@@ -65,7 +65,7 @@ def authorized(request: Request) -> None:
         raise UnauthorizedError(msg)
 
 
-def engine(request: Request) -> Engine:
+async def engine(request: Request) -> Engine:
     """Return this worker's engine, or say that there is no warm one."""
     found: Engine | None = request.app.state.engine
     if found is None:
@@ -103,8 +103,11 @@ async def embed(
 ) -> Response:
     """Embed texts: a bare array answers `{"embeddings": …}`, `{"inputs": …}` a list of vectors."""
     result = await model.embed(request.texts, truncate=request.truncate)
+    began = time.perf_counter()
+    reply_body = request.encode(result.vectors)
+    model.observer.encoded(time.perf_counter() - began)
     return Response(
-        request.encode(result.vectors),
+        reply_body,
         media_type="application/json",
         headers={"server-timing": result.times.server_timing()},
     )

@@ -86,6 +86,9 @@ class Observer:
     def embedded(self, texts: int, tokens: int, times: Times) -> None:
         """A request was computed."""
 
+    def encoded(self, seconds: float) -> None:
+        """A reply was put into bytes."""
+
     def rejected(self, texts: int) -> None:
         """A request was refused because the worker is full."""
 

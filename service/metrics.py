@@ -40,7 +40,7 @@ REQUESTS = Counter(
 )
 STAGE_SECONDS = Histogram(
     "warmfleet_request_stage_seconds",
-    "Seconds of a request by stage: tokenize, queue, forward, and total (all of it, encoding included).",
+    "Seconds of a request by stage: tokenize, queue, forward, encode, and total.",
     ["slot", "stage"],
     buckets=SECONDS,
     registry=None,
@@ -112,15 +112,19 @@ class MetricsObserver(Observer):
         self._texts, self._tokens = TEXTS.labels(name), TOKENS.labels(name)
         self._rejected = REJECTED.labels(name)
         self._stages = {
-            stage: STAGE_SECONDS.labels(name, stage) for stage in ("tokenize", "queue", "forward")
+            stage: STAGE_SECONDS.labels(name, stage) for stage in ("tokenize", "queue", "forward", "encode")
         }
 
     def embedded(self, texts: int, tokens: int, times: Times) -> None:
         """Count the texts and observe each stage."""
         self._texts.inc(texts)
         self._tokens.inc(tokens)
-        for stage, child in self._stages.items():
-            child.observe(getattr(times, stage))
+        for stage, seconds in vars(times).items():
+            self._stages[stage].observe(seconds)
+
+    def encoded(self, seconds: float) -> None:
+        """Observe the last stage."""
+        self._stages["encode"].observe(seconds)
 
     def rejected(self, texts: int) -> None:
         """Count the refused texts."""

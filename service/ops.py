@@ -150,6 +150,7 @@ def detail_payload(record: SlotRecord) -> dict[str, Any]:
     return {
         "epoch": record.epoch,
         "load": record.load,
+        "requests_in_flight": record.in_flight,
         "max_batch_tokens": record.max_batch_tokens or None,
         "stage_seconds": record.stage_seconds,
         "warmup_shapes": [asdict(shape) for shape in record.shapes],

@@ -72,6 +72,7 @@ class Row(ctypes.Structure):
         ("since", ctypes.c_double),
         ("beat", ctypes.c_double),
         ("load", ctypes.c_int64),
+        ("in_flight", ctypes.c_int64),
         ("ready_at", ctypes.c_double),
         ("deadline", ctypes.c_double),
         ("exit_reason", ctypes.c_int64),  # 1 + index into FAILURES; 0: none given
@@ -143,7 +144,7 @@ class Scoreboard:
     def vacate(self, slot: int, now: float) -> None:
         """Arbiter: the worker of the slot is gone, whatever it was doing."""
         row = self.rows[slot]
-        row.load, row.pid, row.since, row.doing = 0, 0, now, b""
+        row.load, row.in_flight, row.pid, row.since, row.doing = 0, 0, 0, now, b""
         row.state = State.EMPTY
 
     def fail(self, slot: int, reason: Failure, error: str) -> None:
@@ -179,6 +180,7 @@ class Scoreboard:
             generation=row.generation,
             epoch=row.epoch,
             load=row.load,
+            in_flight=row.in_flight,
             ready_at=row.ready_at,
             failures=row.failures,
             backoff_until=row.backoff_until,

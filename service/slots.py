@@ -48,6 +48,7 @@ class SlotRecord:
     generation: int = 1
     epoch: int = 0
     load: int = 0
+    in_flight: int = 0
     ready_at: float = 0.0
     failures: int = 0
     backoff_until: float = 0.0

@@ -51,12 +51,13 @@ class WarmupResult:
 def shapes_for(max_batch_tokens: int, max_tokens: int) -> list[tuple[int, int]]:
     """Return the batches to warm as (texts, tokens of each), worst first.
 
-    The full budget as long texts and as many short ones, then powers of two of tokens down,
-    then one short text: the shapes at which kernels, heuristics and allocations differ.
+    The full budget as long, short and medium texts, then one text of each power of two of tokens
+    down: the shapes at which kernels, heuristics and allocations differ.
     """
     longest = min(max_tokens, max_batch_tokens)
     short = min(SHORT_TOKENS, longest)
-    shapes = [(max(1, max_batch_tokens // longest), longest), (max(1, max_batch_tokens // short), short)]
+    medium = max(short, longest // 4)
+    shapes = [(max(1, max_batch_tokens // length), length) for length in (longest, short, medium)]
     tokens = 1 << (longest - 1).bit_length()
     while tokens >= short:
         shapes.append((1, min(tokens, longest)))

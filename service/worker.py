@@ -148,6 +148,7 @@ class FleetWorker(UvicornWorker):
         while True:
             time = now()
             row.beat, row.load = time, self._main.load
+            row.in_flight = len(self._main.server_state.tasks)
             if time - notified >= NOTIFY_S:
                 notified = time
                 self.notify()
@@ -204,7 +205,7 @@ class FleetWorker(UvicornWorker):
         LOG.info("draining: %d requests in work", main.load)
         await _until(lambda: not header.stopping and not main.server_state.connections, settings.drain_grace)
         if header.stopping:
-            main.accept_waiting()
+            main.accept_the_last()
         main.stop_accepting()
         await _until(lambda: not main.unread, SETTLE_S)
         for server in (main, self._ops):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 # The same examples every time, and no files beside the code.
-hypothesis.settings.register_profile("unit", derandomize=True, database=None, deadline=None, max_examples=60)
+hypothesis.settings.register_profile("unit", derandomize=True, database=None, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("unit")
 
 _slots = itertools.count(1000)

@@ -75,15 +75,15 @@ def runs(passes: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]
 @pytest.mark.parametrize(
     ("budget", "longest", "expected"),
     [
-        (512, 256, [(2, 256), (64, 8), (1, 256), (1, 128), (1, 64), (1, 32), (1, 16), (1, 8)]),
-        (16384, 100, [(163, 100), (2048, 8), (1, 100), (1, 64), (1, 32), (1, 16), (1, 8)]),
-        (64, 512, [(1, 64), (8, 8), (1, 32), (1, 16), (1, 8)]),
+        (512, 256, [(2, 256), (64, 8), (8, 64), (1, 256), (1, 128), (1, 64), (1, 32), (1, 16), (1, 8)]),
+        (16384, 100, [(163, 100), (2048, 8), (655, 25), (1, 100), (1, 64), (1, 32), (1, 16), (1, 8)]),
+        (64, 512, [(1, 64), (8, 8), (4, 16), (1, 32), (1, 16), (1, 8)]),
         (8, 512, [(1, 8)]),
         (512, 4, [(128, 4), (1, 4)]),
     ],
 )
 def test_the_worst_batch_comes_first(budget: int, longest: int, expected: list[tuple[int, int]]) -> None:
-    """The whole budget as long texts, then as short ones, then one text of each power of two down."""
+    """The whole budget as long, short and medium texts, then one text of each power of two down."""
     assert shapes_for(budget, longest) == expected
 
 
