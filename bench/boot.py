@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BOOT_BAR, RESPAWN_BAR_S, PSS_BAR_MB = 1.2, 1.5, 80.0
 LOOK_S = 0.01
+STAGES = ("import", "wait", "load", "to_device", "warmup")
 
 
 class System(NamedTuple):
@@ -67,7 +68,9 @@ def measure(system: System, args: argparse.Namespace, random: Random) -> dict[st
             "boot": meter.read(),
         }
         if system.workers:
-            sample["stages"] = {slot: row["stage_seconds"] for slot, row in server.workers().items()}
+            rows = server.workers()
+            sample["stages"] = {slot: row["stage_seconds"] for slot, row in rows.items()}
+            sample["warmup_shapes"] = {slot: row["warmup_shapes"] for slot, row in rows.items()}
             sample["served"] = harness.serve_evenly(
                 server, workers=system.workers, each=args.requests, random=random
             )
@@ -151,8 +154,23 @@ def summarise(record: Record, args: argparse.Namespace) -> dict[str, Any]:
         "others' cores",
     ]
     print(table(head, rows))
+    print("\nWhere warmfleet's boot goes, s, for the last slot to be ready; rest: start of Gunicorn, fork.\n")
+    print(
+        table(["system", *STAGES, "rest"], [(s.name, *stages(record.of(system=s.name))) for s in systems[1:]])
+    )
     summary["bars"] = bars(record, args, summary)
     return summary
+
+
+def stages(samples: list[dict[str, Any]]) -> list[str]:
+    """Return the median of each stage of the last slot to be ready, and of what no stage names."""
+    columns: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "rest")}
+    for sample in samples:
+        last = max(sample["stages"].values(), key=lambda found: sum(found.values()))
+        for stage in STAGES:
+            columns[stage].append(last.get(stage, 0.0))
+        columns["rest"].append(sample["ready_s"] - sum(columns[stage][-1] for stage in STAGES))
+    return [f"{median(values):.2f}" for values in columns.values()]
 
 
 def bars(record: Record, args: argparse.Namespace, summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ class GatedServer(Server):
 
     @property
     def load(self) -> int:
-        """Requests in work, what `extra_load` adds (texts), and connections whose request is still unread."""
+        """Texts in work (a request without any counts as one), and connections not yet read."""
         return len(self.server_state.tasks) + self.extra_load() + self.unread
 
     @property
@@ -91,7 +91,7 @@ class GatedServer(Server):
                 self._loop.remove_reader(listener.fileno())
 
     def accept_the_last(self) -> None:
-        """Accept everything that is queued, and have the kernel refuse the rest: left queued, it would be reset.
+        """Accept all that is queued, and have the kernel refuse the rest: left queued, it would be reset.
 
         The listener is shut, not closed: that holds for all workers, also for one that hangs.
         """

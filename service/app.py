@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from service import __version__
 from service.engine import Engine  # noqa: TC001 - FastAPI reads the annotations
 from service.errors import InvalidRequestError, NotReadyError, RequestError, TooLargeError, UnauthorizedError
-from service.metrics import REQUESTS, STAGE_SECONDS
+from service.metrics import REHEARSAL, REQUESTS, STAGE_SECONDS
 from service.ops import health_payload, ready_payload, reply
 from service.schemas import EmbedObject, EmbedRequest
 
@@ -167,7 +167,7 @@ class CountRequests:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on, and note the status."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or REHEARSAL in scope.get("state", ()):
             await self._inner(scope, receive, send)
             return
         began, status = time.perf_counter(), 500

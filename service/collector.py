@@ -6,8 +6,11 @@ States, times and sizes are read off the scoreboard at each scrape, so nothing o
 
 from __future__ import annotations
 
+import os
 import platform
+import struct
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator, Mapping
 
+    from prometheus_client.metrics_core import Metric
     from prometheus_client.registry import Collector
 
     from service.fleet import Fleet
@@ -32,14 +36,38 @@ if TYPE_CHECKING:
     Labels = tuple[str, ...]
     Samples = dict[Labels, float]
 
+UNREADABLE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, struct.error)
+"""What reading a damaged counter file, or one that is just being replaced, can raise."""
+
 
 def exposition(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -> bytes:
     """Return all metrics as text; reads some files, so call it off the event loop."""
     registry = CollectorRegistry()
-    MultiProcessCollector(registry)
+    counters: Collector = CounterFiles()
+    registry.register(counters)
     board: Collector = BoardCollector(fleet, listeners)
     registry.register(board)
     return generate_latest(registry)
+
+
+class CounterFiles:
+    """What every slot's workers counted. A file that a killed worker left damaged is left out, not fatal."""
+
+    def collect(self) -> list[Metric]:
+        """Return the sums over all files."""
+        files = [str(file) for file in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("*.db")]
+        try:
+            return list(MultiProcessCollector.merge(files))
+        except UNREADABLE:
+            return list(MultiProcessCollector.merge([file for file in files if _is_readable(file)]))
+
+
+def _is_readable(file: str) -> bool:
+    try:
+        MultiProcessCollector.merge([file])
+    except UNREADABLE:
+        return False
+    return True
 
 
 class BoardCollector:

@@ -111,10 +111,16 @@ class Engine:
     watchdog: Callable[[float], AbstractContextManager[None]] = lambda _seconds: nullcontext()
     device_lost: Callable[[str], None] = lambda _message: None
     texts: int = 0
+    requests: int = 0
     _seconds_per_text: float = 0.0
     _tokenizer_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
     )
+
+    @property
+    def extra_load(self) -> int:
+        """Texts admitted beyond one a request."""
+        return self.texts - self.requests
 
     async def embed(self, texts: Sequence[str], *, truncate: bool | None = None) -> Embedded:
         """Compute the vectors of the texts.
@@ -164,10 +170,12 @@ class Engine:
             msg = f"{self.texts} texts are in work, of {limits.max_concurrent_texts} at most; try again later"
             raise OverloadedError(msg, retry_after_s=self.texts * self._seconds_per_text)
         self.texts += texts
+        self.requests += 1
         try:
             yield
         finally:
             self.texts -= texts
+            self.requests -= 1
 
     async def _tokenize(self, texts: Sequence[str], truncate: bool) -> list[Encoding]:  # noqa: FBT001 - internal
         loop = asyncio.get_running_loop()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NoReturn
 
-from service.errors import WarmfleetError, WarmupError
+from service.errors import WarmfleetError
 from service.lifecycle import Failure, State
 from service.logging import get
 from service.scoreboard import now
@@ -43,7 +43,8 @@ class Failing:
         expected = isinstance(error, WarmfleetError)
         text = str(error) if expected else f"{type(error).__name__}: {error}"
         LOG.error("the boot failed: %s", text, exc_info=None if expected else error)
-        board.fail(self._slot, Failure.WARMUP if isinstance(error, WarmupError) else Failure.LOAD, text)
+        warming = board.rows[self._slot].state == State.WARMING
+        board.fail(self._slot, Failure.WARMUP if warming else Failure.LOAD, text)
         if board.header.ever_ready or board.rows[self._slot].failures + 1 < settings.boot_attempts:
             self._leave(TRY_AGAIN)
         await self.park()

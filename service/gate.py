@@ -19,8 +19,8 @@ FRESH_S = 0.5
 """Rows with an older beat do not count: a stopped sibling must not hold the others back."""
 LOOKS = 50
 """Looks after which a worker that is not the least loaded accepts anyway."""
-SHED_FACTOR, SHED_MARGIN = 1.5, 2
-"""A load above 1.5 times the least one plus 2 makes keep-alive clients move."""
+SHED_FACTOR, SHED_MARGIN = 1.2, 1.0
+"""A load above 1.2 times the least one plus 1 makes keep-alive clients move."""
 
 
 class Verdict(Enum):
@@ -38,6 +38,7 @@ class Situation:
     Attributes:
         state: this worker's state.
         load: this worker's load.
+        mean_load: the same over about half a second.
         siblings: rows of the other live workers.
         looks: how often this worker has looked at the waiting connection already.
         ever_ready: whether any worker was ever READY.
@@ -49,6 +50,7 @@ class Situation:
     state: State
     load: int
     siblings: Sequence[Peer]
+    mean_load: float = 0.0
     looks: int = 0
     ever_ready: bool = True
     cold_s: float = 0.0
@@ -72,11 +74,14 @@ def decide(situation: Situation, now: float) -> Verdict:
 
 
 def should_shed(situation: Situation, now: float) -> bool:
-    """Say whether replies shall close their connection, so that keep-alive clients move elsewhere."""
+    """Say whether replies shall close their connection, so that keep-alive clients move elsewhere.
+
+    Judged by means: for a moment every worker is idle. And by the load now, so as not to overdo it.
+    """
     if situation.state is not State.READY or situation.stopping:
         return True
-    loads = [p.load for p in situation.siblings if p.state is State.READY and now - p.beat <= FRESH_S]
-    return bool(loads) and situation.load > SHED_FACTOR * min(loads) + SHED_MARGIN
+    means = [p.mean_load for p in situation.siblings if p.state is State.READY and now - p.beat <= FRESH_S]
+    return bool(means) and min(situation.load, situation.mean_load) > SHED_FACTOR * min(means) + SHED_MARGIN
 
 
 class Gate:
@@ -95,6 +100,7 @@ class Gate:
             state=State(row.state),
             load=load,
             siblings=board.peers(without=self._slot),
+            mean_load=row.mean_load,
             looks=looks,
             ever_ready=bool(header.ever_ready),
             cold_s=time.monotonic() - header.last_ready,
@@ -113,7 +119,5 @@ class Gate:
     @property
     def siblings_serve(self) -> bool:
         """Whether another worker is READY."""
-        return any(
-            p.state is State.READY and time.monotonic() - p.beat <= FRESH_S
-            for p in self.situation(0).siblings
-        )
+        peers, now = self._board.peers(without=self._slot), time.monotonic()
+        return any(p.state is State.READY and now - p.beat <= FRESH_S for p in peers)

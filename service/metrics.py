@@ -10,18 +10,22 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import struct
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Histogram, values
-from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from service.engine import Observer
 
 if TYPE_CHECKING:
     from service.engine import Times
 
+REHEARSAL = "warmfleet.rehearsal"
+"""Key in the state of a request that is nobody's, and is not counted."""
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 PREFIX = "warmfleet-metrics-"
 _identity = {"name": "arbiter"}
@@ -97,10 +101,19 @@ def adopt(slot: int) -> None:
     """
     _identity["name"] = f"s{slot}"
     for file in Path(os.environ[DIRECTORY]).glob(f"*_s{slot}.db"):
-        try:
-            MmapedDict(str(file), read_mode=True)
-        except (RuntimeError, ValueError, OSError):
+        if not _is_sound(file):
             file.unlink(missing_ok=True)
+
+
+def _is_sound(file: Path) -> bool:
+    """Say whether prometheus_client can read a counter file and go on in it."""
+    try:
+        with file.open("rb") as stream:
+            used = int.from_bytes(stream.read(4), sys.byteorder, signed=True)
+        MultiProcessCollector.merge([str(file)])
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, struct.error):
+        return False
+    return used == 0 or 8 <= used <= file.stat().st_size  # noqa: PLR2004 - entries follow eight bytes of header
 
 
 class MetricsObserver(Observer):

@@ -72,6 +72,7 @@ class Row(ctypes.Structure):
         ("since", ctypes.c_double),
         ("beat", ctypes.c_double),
         ("load", ctypes.c_int64),
+        ("mean_load", ctypes.c_double),  # over about half a second
         ("in_flight", ctypes.c_int64),
         ("ready_at", ctypes.c_double),
         ("deadline", ctypes.c_double),
@@ -94,6 +95,7 @@ class Peer(NamedTuple):
     state: State
     beat: float
     load: int
+    mean_load: float
 
 
 def _text(raw: bytes) -> str:
@@ -132,7 +134,7 @@ class Scoreboard:
         """Arbiter: hand the slot to the worker that is about to be forked."""
         row, header = self.rows[slot], self.header
         header.slots_used = max(header.slots_used, slot + 1)
-        row.pid, row.load, row.ready_at, row.deadline, row.exit_reason = 0, 0, 0.0, 0.0, 0
+        row.pid, row.load, row.mean_load, row.ready_at, row.deadline, row.exit_reason = 0, 0, 0.0, 0.0, 0.0, 0
         row.stage_s = type(row.stage_s)()
         row.memory = type(row.memory)()
         row.generation += 1
@@ -158,7 +160,7 @@ class Scoreboard:
         """Return the rows of the other live workers, as the accept rules need them: some microseconds."""
         rows = self.rows
         return [
-            Peer(State(row.state), row.beat, row.load)
+            Peer(State(row.state), row.beat, row.load, row.mean_load)
             for row in (rows[slot] for slot in range(self.header.slots_used) if slot != without)
             if row.state
         ]

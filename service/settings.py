@@ -181,8 +181,8 @@ class Settings(BaseSettings):
     warmup_budget: float | None = setting(
         "warmup_budget",
         None,
-        "Seconds of warm-up after which each shape left gets one pass only. Default: 1 on CPU, where little "
-        "is lazy, 60 on CUDA.",
+        "Seconds for all shapes of a warm-up, an equal share each; every shape gets one pass at least. "
+        "Default: 1 on CPU, where little is lazy, 60 on CUDA.",
         gt=0,
     )
 

@@ -100,7 +100,7 @@ def warm(
         known: what an earlier worker of this slot measured; a shape that is at once within
             1.5 times its steady time is warm after one pass.
         max_rounds: most passes for one shape.
-        budget_s: seconds after which each shape left gets one pass.
+        budget_s: seconds for all shapes, an equal share each; one pass each is always made.
         report: told before every pass.
         clock: seconds, for tests.
 
@@ -136,9 +136,9 @@ class _Rules:
 
 
 def _warm_shapes(backend: Backend, plan: Sequence[tuple[int, int]], rules: _Rules) -> list[ShapeTimes]:
-    """Warm each shape in turn; once the budget is spent, one pass each."""
+    """Warm each shape in turn, until it is warm or its share of the budget is spent; one pass at least."""
     result = []
-    deadline = rules.clock() + rules.budget_s
+    share_s = rules.budget_s / len(plan)
     for number, (texts, tokens) in enumerate(plan):
         batch = [probe(tokens)] * texts
         known = rules.steady.get((texts, tokens))
@@ -153,7 +153,7 @@ def _warm_shapes(backend: Backend, plan: Sequence[tuple[int, int]], rules: _Rule
             first = vectors if first is None else first
             check(vectors, texts, backend, first)
             converged = is_warm(seconds) or (known is not None and seconds[-1] <= SPREAD * known)
-            if rules.clock() > deadline:
+            if sum(seconds) > share_s:
                 break
         steady = statistics.median(seconds[-MIN_ROUNDS:])
         if known is not None and converged:

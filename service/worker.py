@@ -29,6 +29,7 @@ from service.gate import Gate
 from service.lifecycle import Failure, State
 from service.logging import get
 from service.ops import create_ops_app
+from service.rehearsal import rehearse
 from service.scoreboard import now
 from service.slots import may_leave
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 LOG = get()
 BEAT_S = 0.1
+MEAN_GAIN = 0.2
+"""Weight of the newest of the beats: the mean follows within half a second."""
 NOTIFY_S = 1.0
 MEASURE_S = 15.0
 SETTLE_S = 0.25
@@ -101,7 +104,7 @@ class FleetWorker(UvicornWorker):
             1, settings.graceful_timeout - int(settings.drain_grace) - 2
         )
         self._main = GatedServer(self.config, main, gate.verdict)
-        self._main.extra_load = self._texts
+        self._main.extra_load = lambda: self.wsgi.state.engine.extra_load if self.wsgi.state.engine else 0
         self._gate = gate
 
         app = create_ops_app(self.fleet, {"main": main, "ops": [ops]})
@@ -122,6 +125,7 @@ class FleetWorker(UvicornWorker):
             await failing.park()
         try:
             await self._loop.run_in_executor(self.model_thread, self._boot_hook, self)
+            await rehearse(self.wsgi)
         except Exception as error:  # noqa: BLE001 - whatever the model's code raises
             await failing.explain(error)
         self._become_ready()
@@ -148,6 +152,7 @@ class FleetWorker(UvicornWorker):
         while True:
             time = now()
             row.beat, row.load = time, self._main.load
+            row.mean_load += MEAN_GAIN * (row.load - row.mean_load)
             row.in_flight = len(self._main.server_state.tasks)
             if time - notified >= NOTIFY_S:
                 notified = time
@@ -223,10 +228,6 @@ class FleetWorker(UvicornWorker):
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)
-
-    def _texts(self) -> int:
-        engine = self.wsgi.state.engine
-        return engine.texts if engine else 0
 
     def _pulse_ended(self, task: asyncio.Task[None]) -> None:
         """A worker without a pulse would be taken for dead: die."""

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from service.batching import cut
 
-LENGTHS = st.lists(st.integers(1, 600), max_size=60)
-BUDGETS = st.integers(1, 4096)
+LENGTHS = st.lists(st.integers(1, 12), max_size=20) | st.lists(st.integers(1, 600), max_size=60)
+BUDGETS = st.integers(1, 40) | st.integers(1, 4096)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,7 @@ BUDGETS = st.integers(1, 4096)
         ([9], 8, [[0]]),
         ([4, 4], 8, [[0, 1]]),
         ([4, 4, 4], 8, [[0, 1], [2]]),
+        ([3, 3, 3], 8, [[0, 1], [2]]),
         ([1, 8, 2], 8, [[1], [2, 0]]),
         ([2, 2, 9, 2, 2], 8, [[2], [0, 1, 3, 4]]),
     ],

@@ -31,12 +31,12 @@ COLD = sorted(set(State) - {READY, DRAINING, State.EMPTY})
 HELD = {"ever_ready": True, "cold_s": 1.0, "cold_hold_s": 10.0}
 
 
-def peer(load: int, state: State = READY, age: float = 0.0) -> Peer:
-    return Peer(state, NOW - age, load)
+def peer(load: int, state: State = READY, age: float = 0.0, mean: float | None = None) -> Peer:
+    return Peer(state, NOW - age, load, load if mean is None else mean)
 
 
 def me(state: State = READY, load: int = 0, siblings: Iterable[Peer] = (), **others: object) -> Situation:
-    return replace(Situation(state, load, list(siblings)), **others)
+    return replace(Situation(state, load, list(siblings), mean_load=load), **others)
 
 
 STALE = peer(0, age=FRESH_S + 0.01)
@@ -143,10 +143,12 @@ def test_somebody_always_accepts(loads: list[int]) -> None:
     ("situation", "expected"),
     [
         pytest.param(me(load=99), False, id="alone"),
-        pytest.param(me(load=2, siblings=[peer(0)]), False, id="two above nothing"),
-        pytest.param(me(load=3, siblings=[peer(0)]), True, id="three above nothing"),
-        pytest.param(me(load=17, siblings=[peer(10), peer(99)]), False, id="17 beside 10"),
-        pytest.param(me(load=18, siblings=[peer(10), peer(99)]), True, id="18 beside 10"),
+        pytest.param(me(load=1, siblings=[peer(0)]), False, id="one above nothing"),
+        pytest.param(me(load=2, siblings=[peer(0)]), True, id="two above nothing"),
+        pytest.param(me(load=13, siblings=[peer(10), peer(99)]), False, id="13 beside 10"),
+        pytest.param(me(load=14, siblings=[peer(10), peer(99)]), True, id="14 beside 10"),
+        pytest.param(me(load=9, siblings=[peer(0, mean=9)]), False, id="the lesser one is idle for a moment"),
+        pytest.param(me(load=1, mean_load=9, siblings=[peer(0)]), False, id="has shed enough already"),
         pytest.param(me(load=99, siblings=[STALE]), False, id="the lesser one is not heard of"),
         pytest.param(me(load=99, siblings=[peer(0, WARMING)]), False, id="the lesser one is cold"),
         pytest.param(me(DRAINING), True, id="drains"),
@@ -167,6 +169,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Scoreboard:
     for slot, (state, load) in enumerate([(READY, 0), (READY, 2), (WARMING, 0)]):
         board.spawn(slot, "cpu", NOW)
         board.rows[slot].state, board.rows[slot].load = state, load
+        board.rows[slot].mean_load = load
     board.header.ever_ready, board.header.last_ready = 1, NOW - 3
     return board
 
@@ -177,7 +180,7 @@ def test_the_gate_reads_its_situation_off_the_table(board: Scoreboard) -> None:
     assert Gate(board, 0, 7.0).situation(5, looks=4) == Situation(
         READY,
         load=5,
-        siblings=[Peer(READY, NOW, 2), Peer(WARMING, NOW, 0)],
+        siblings=[Peer(READY, NOW, 2, 2), Peer(WARMING, NOW, 0, 0)],
         looks=4,
         ever_ready=True,
         cold_s=3.0,
@@ -190,6 +193,7 @@ def test_the_gate_reads_its_situation_off_the_table(board: Scoreboard) -> None:
 def test_the_gate_gives_each_slot_its_verdict(board: Scoreboard) -> None:
     """The same table looks different from each slot."""
     gates = [Gate(board, slot, 7.0) for slot in range(3)]
+    board.rows[0].mean_load = 9
     assert [one.verdict(load, 0) for one, load in zip(gates, (3, 2, 0), strict=True)] == [
         LOOK_AGAIN,
         ACCEPT,

@@ -7,19 +7,28 @@ import json
 import logging
 import logging.config
 import sys
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from service import logging as ours
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 Formatter = type[logging.Formatter]
 
 
 @pytest.fixture(autouse=True)
-def _arbiter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the process back its name after a test."""
-    monkeypatch.setitem(ours._identity, "slot", "arbiter")
+def _arbiter_in_tokyo() -> Iterator[None]:
+    """Run far from UTC, and give the process back its name and its time zone after a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ours._identity, "slot", "arbiter")
+        patch.setenv("TZ", "JST-9")
+        time.tzset()
+        yield
+    time.tzset()
 
 
 def record(message: str, *args: object, level: int = logging.INFO, **others: Any) -> logging.LogRecord:

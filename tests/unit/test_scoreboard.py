@@ -244,11 +244,11 @@ def test_fewer_shapes_replace_more(board: Scoreboard) -> None:
 
 
 def test_peers_are_the_other_live_workers(board: Scoreboard) -> None:
-    """The accept rules see state, beat and load of everyone else who lives."""
+    """The accept rules see state, beat and loads of everyone else who lives."""
     board.spawn(2, "GPU-2", 12.0)
-    board.rows[2].load = 6
+    board.rows[2].load, board.rows[2].mean_load = 6, 5.5
     assert [board.peers(without=slot) for slot in range(3)] == [
-        [Peer(State.SPAWNED, 10.0, 0), Peer(State.SPAWNED, 12.0, 6)],
-        [Peer(State.SPAWNED, 12.0, 6)],
-        [Peer(State.SPAWNED, 10.0, 0)],
+        [Peer(State.SPAWNED, 10.0, 0, 0.0), Peer(State.SPAWNED, 12.0, 6, 5.5)],
+        [Peer(State.SPAWNED, 12.0, 6, 5.5)],
+        [Peer(State.SPAWNED, 10.0, 0, 0.0)],
     ]
