@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from service import __version__
 from service.engine import Engine  # noqa: TC001 - FastAPI reads the annotations
@@ -46,6 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.fleet = app.state.slot = app.state.engine = None
     app.add_exception_handler(RequestError, error_reply)
+    app.add_exception_handler(HTTPException, no_route_reply)
     app.add_middleware(CountRequests, fastapi=app)
     app.add_api_route("/embed", embed, methods=["POST"], response_class=Response, openapi_extra=BODY)
     app.add_api_route("/info", info, methods=["GET"], dependencies=[Depends(authorized)])
@@ -156,6 +158,14 @@ async def error_reply(_: Request, error: Exception) -> JSONResponse:
     if isinstance(problem, UnauthorizedError):
         headers["www-authenticate"] = "Bearer"
     return JSONResponse({"error": str(problem), "error_type": problem.kind}, problem.status, headers)
+
+
+async def no_route_reply(_: Request, error: Exception) -> JSONResponse:
+    """Answer an unknown path or method in the same shape."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - Starlette calls it for nothing else
+    return JSONResponse(
+        {"error": str(error.detail), "error_type": "validation"}, error.status_code, error.headers
+    )
 
 
 class CountRequests:

@@ -16,7 +16,6 @@ from service.metrics import MetricsObserver
 from service.ops import SKIPPED
 from service.scoreboard import now
 from service.warmup import WarmupResult, warm
-from service.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from service.backends.base import Backend
     from service.fleet import Fleet
     from service.settings import Settings
+    from service.watchdog import Watchdog
 
 LOG = get()
 POLL_S = 0.02
@@ -38,7 +38,13 @@ CUDA_WARMUP_S = 60.0
 
 
 def boot(
-    fleet: Fleet, slot: int, backend: Backend, model_thread: Executor, device_lost: Callable[[str], None]
+    fleet: Fleet,
+    slot: int,
+    backend: Backend,
+    *,
+    model_thread: Executor,
+    watchdog: Watchdog,
+    device_lost: Callable[[str], None],
 ) -> Engine:
     """Wait for the turn, load, warm, measure; return the engine of a warm model.
 
@@ -46,14 +52,13 @@ def boot(
         BootError: the model cannot be loaded, or computes wrongly.
     """
     board, settings = fleet.board, fleet.settings
-    watchdog = Watchdog(board.rows[slot])
     backend.forked(slot, board.rows[slot].generation)
     with _turn(fleet, slot):
         board.enter(slot, State.LOADING, now())
-        with watchdog.within(settings.load_timeout):
+        with watchdog.stage(settings.load_timeout):
             _load(fleet, slot, backend)
         board.enter(slot, State.WARMING, now())
-        with watchdog.within(settings.warmup_timeout):
+        with watchdog.stage(settings.warmup_timeout):
             result = _warm(fleet, slot, backend)
         measure(fleet, slot, backend)
     return Engine(
@@ -61,7 +66,7 @@ def boot(
         limits=_limits(settings, result.max_batch_tokens),
         model_thread=model_thread,
         observer=MetricsObserver(slot),
-        watchdog=watchdog.within,
+        watchdog=watchdog.forward,
         device_lost=device_lost,
     )
 

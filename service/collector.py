@@ -113,7 +113,9 @@ def _lives(records: list[SlotRecord]) -> Families:
     ages: Samples = {(_name(r),): time - r.beat for r in records if r.live}
     yield _gauge("worker_heartbeat_age_seconds", "Seconds since the worker's last beat.", ages, ["slot"])
     load: Samples = {(_name(r),): r.load for r in records}
-    yield _gauge("worker_load", "Requests, texts and unread connections in work.", load, ["slot"])
+    yield _gauge(
+        "worker_load", "Texts in work, one a request at least, and connections not yet read.", load, ["slot"]
+    )
     in_flight: Samples = {(_name(r),): r.in_flight for r in records}
     yield _gauge("requests_in_flight", "API requests in work, a tenth of a second old.", in_flight, ["slot"])
     info: Samples = {(_name(r), r.device): 1 for r in records if r.live}

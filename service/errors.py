@@ -97,7 +97,7 @@ class OverloadedError(RequestError):
 
 
 class NotReadyError(RequestError):
-    """Early: no warm model is behind this worker yet."""
+    """No warm model can take this request now: too early, no device memory, or the device failed."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     kind = "unhealthy"

@@ -8,6 +8,9 @@ import logging
 from service.lifecycle import Failure, State
 from service.scoreboard import FAILURES
 
+ASKED = ("SIGTERM", "SIGQUIT", "SIGINT")
+"""Signals that mean: please go. A worker that is not READY yet dies of them."""
+
 
 def failure(noted: int, deadline: float, state: State, how: str, time: float) -> Failure | None:
     """Name why the worker ended; None if it was asked to."""
@@ -17,7 +20,7 @@ def failure(noted: int, deadline: float, state: State, how: str, time: float) ->
         return Failure.FORWARD_TIMEOUT if state in (State.READY, State.DRAINING) else Failure.DEADLINE
     if how == "SIGKILL":
         return Failure.KILLED
-    if how.startswith("SIG") and how != "SIGTERM":
+    if how.startswith("SIG") and how not in ASKED:
         return Failure.CRASHED
     return Failure.EXITED if how.isdecimal() else None
 

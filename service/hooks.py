@@ -81,7 +81,14 @@ def post_fork(server: Arbiter, worker: FleetWorker) -> None:
 def post_worker_init(worker: FleetWorker) -> None:
     """Worker, model thread: load and warm, then give the app its engine."""
     state = worker.wsgi.state
-    state.engine = boot(worker.fleet, worker.slot, state.backend, worker.model_thread, worker.device_lost)
+    state.engine = boot(
+        worker.fleet,
+        worker.slot,
+        state.backend,
+        model_thread=worker.model_thread,
+        watchdog=worker.watchdog,
+        device_lost=worker.device_lost,
+    )
 
 
 @never_raises

@@ -53,6 +53,8 @@ def run_with_progress(command: list[str], settings: Settings) -> int:
         signal.SIGTERM,
         signal.SIGQUIT,
         signal.SIGHUP,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
         signal.SIGTTIN,
         signal.SIGTTOU,
     ):
@@ -127,5 +129,7 @@ def _ask(settings: Settings) -> dict[str, Any] | None:
 
 def url(bind: str) -> str:
     """Return the address of a listener as a person on this machine would type it."""
+    if bind.startswith("unix:"):
+        return f"--unix-socket {bind.removeprefix('unix:')} http://localhost"
     host, _, port = bind.rpartition(":")
     return f"http://{'localhost' if host in ('0.0.0.0', '[::]', '127.0.0.1') else host}:{port}"  # noqa: S104 - compared

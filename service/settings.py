@@ -9,7 +9,15 @@ import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import SettingsError
@@ -205,7 +213,7 @@ class Settings(BaseSettings):
         "max_client_batch_size", 32, "Texts in one request; beyond it 413.", "MAX_CLIENT_BATCH_SIZE", ge=1
     )
     max_body_bytes: int = setting(
-        "max_body_bytes", 2_000_000, "Bytes of one request body; beyond it 413.", "PAYLOAD_LIMIT", ge=1
+        "max_body_bytes", 2_000_000, "Bytes of one request body; beyond it 413.", "PAYLOAD_LIMIT", ge=16
     )
     auto_truncate: bool = setting(
         "auto_truncate", True, "Cut texts that are too long instead of answering 422.", "AUTO_TRUNCATE"
@@ -280,12 +288,12 @@ class Settings(BaseSettings):
 
     @field_validator("bind", "ops_bind")
     @classmethod
-    def check_bind(cls, value: str) -> str:
-        """Take `host:port`, `[v6]:port` and `unix:PATH`."""
-        if value.startswith("unix:") and len(value) > len("unix:"):
+    def check_bind(cls, value: str, info: ValidationInfo) -> str:
+        """Take `host:port` and `[v6]:port`, for the API also `unix:PATH`."""
+        if info.field_name == "bind" and value.startswith("unix:") and len(value) > len("unix:"):
             return value
         host, _, port = value.rpartition(":")
-        if not host or not port.isdecimal() or int(port) not in range(1, 65536):
+        if not host or host == "unix" or not port.isdecimal() or int(port) not in range(1, 65536):
             msg = "write host:port with a port from 1 to 65535, such as 127.0.0.1:8000"
             raise ValueError(msg)
         return value

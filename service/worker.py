@@ -32,6 +32,7 @@ from service.ops import create_ops_app
 from service.rehearsal import rehearse
 from service.scoreboard import now
 from service.slots import may_leave
+from service.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +82,7 @@ class FleetWorker(UvicornWorker):
         self._loop = asyncio.get_running_loop()
         self._leave = asyncio.Event()
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.watchdog = Watchdog(self.fleet.board.rows[self.slot])
         await self._open_listeners()
         pulse = asyncio.create_task(self._pulse())
         pulse.add_done_callback(self._pulse_ended)
@@ -125,7 +127,8 @@ class FleetWorker(UvicornWorker):
             await failing.park()
         try:
             await self._loop.run_in_executor(self.model_thread, self._boot_hook, self)
-            await rehearse(self.wsgi)
+            with self.watchdog.stage(self.fleet.settings.warmup_timeout):
+                await rehearse(self.wsgi)
         except Exception as error:  # noqa: BLE001 - whatever the model's code raises
             await failing.explain(error)
         self._become_ready()
@@ -157,6 +160,8 @@ class FleetWorker(UvicornWorker):
             if time - notified >= NOTIFY_S:
                 notified = time
                 self.notify()
+            if row.state in (State.READY, State.DRAINING):
+                self.watchdog.tick(time, self.fleet.settings.forward_timeout)
             if row.state == State.READY:
                 header.last_ready = time
                 if time - measured >= MEASURE_S:

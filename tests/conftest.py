@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def need() -> Callable[[str], str]:
-    """Give the path of a program, as in `promtool = need("promtool")`: without it skip, but fail in CI."""
+    """Find a program: the fixture gives its path, skips the test without it, and fails it in CI."""
 
     def find(program: str) -> str:
         path = shutil.which(program)

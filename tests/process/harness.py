@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real Gunicorn on free loopback ports: start it, look at it, hurt it, and check what must always hold.
 
+Example:
     with Service(workers=2, stub_scenario="slow_load") as service:
         service.wait_ready()
         with service.load(clients=4) as load:
@@ -158,8 +159,9 @@ class Metrics:
         """Read the text format, as far as the service uses it."""
         matches = [SAMPLE.match(line) for line in text.splitlines() if line and not line.startswith("#")]
         assert all(matches), text
+        found = [match.group("name", "labels", "value") for match in matches if match]
         return cls(
-            {(m["name"], frozenset(LABEL.findall(m["labels"] or ""))): float(m["value"]) for m in matches if m}
+            {(name, frozenset(LABEL.findall(labels or ""))): float(value) for name, labels, value in found}
         )
 
     def total(self, name: str, **labels: str) -> float:
@@ -174,7 +176,7 @@ class Metrics:
 
 
 class Load:
-    """Clients that send one text after another until told to stop; at most `seconds`, with a pause in between."""
+    """Clients that send one text after another until told to stop, or for `seconds`, with short pauses."""
 
     def __init__(
         self, url: str, *, clients: int, keepalive: bool, pause: float = 0.005, seconds: float = 90.0
@@ -237,8 +239,8 @@ class Service:
         self.code: int | None = None
         self.outcomes: list[Outcome] = []
         self.scrapes: list[Metrics] = []
-        if "stub_scenario" in settings:
-            settings["stub_scenario"] = SCENARIOS / f"{settings['stub_scenario']}.toml"
+        if isinstance(name := settings.get("stub_scenario"), str):
+            settings["stub_scenario"] = SCENARIOS / f"{name}.toml"
         defaults = {"backend": "stub", "device": "cpu", "bind": self.bind, "ops_bind": self.ops_bind}
         chosen = defaults | {"drain_grace": 0.1} | settings  # most tests drain idle workers
         ours = {f"WARMFLEET_{name.upper()}": str(value) for name, value in chosen.items()}
@@ -250,7 +252,7 @@ class Service:
         self.environ = kept | ours | (environ or {})
 
     def __enter__(self) -> Self:
-        self._log = tempfile.NamedTemporaryFile(prefix="warmfleet-test-", suffix=".log")  # noqa: SIM115
+        self._log = tempfile.NamedTemporaryFile(prefix="warmfleet-test-", suffix=".log")
         self._client = new_client()
         self._popen = subprocess.Popen(
             [*self.prefix, sys.executable, "-m", "gunicorn", "-c", "gunicorn_conf.py"],
@@ -299,7 +301,7 @@ class Service:
         return self._client.get(f"http://{self.ops_bind if ops else self.bind}{path}")
 
     def ask(self, path: str) -> httpx.Response:
-        """Ask the ops listener; again, as a probe would, if the worker that took the connection hangs or dies."""
+        """Ask the ops listener; again, as a probe would, if the worker that took it hangs or dies."""
 
         def answer() -> httpx.Response | None:
             try:
@@ -348,6 +350,19 @@ class Service:
         self.outcomes.append(send(self._client, self.url, texts))
         return self.outcomes[-1]
 
+    def send(self, texts: Sequence[str]) -> Callable[[], Outcome]:
+        """Send one request and do not wait; the function returned does."""
+        answered: list[Outcome] = []
+        thread = threading.Thread(target=lambda: answered.append(send(self._client, self.url, texts)))
+        thread.start()
+
+        def outcome() -> Outcome:
+            thread.join()
+            self.outcomes.append(answered[0])
+            return answered[0]
+
+        return outcome
+
     @contextlib.contextmanager
     def load(self, *, clients: int = 4, keepalive: bool = False, **options: float) -> Iterator[Load]:
         """Send requests all the while, from a moment when they succeed."""
@@ -385,14 +400,14 @@ class Service:
         found: dict[str, Any] = self.wait(body, timeout, "/ready answers 200")
         return found
 
-    def wait_state(self, slot: int, state: str, generation: int = 1, timeout: float = PATIENCE_S) -> dict[str, Any]:
+    def wait_state(self, slot: int, state: str, generation: int = 1) -> dict[str, Any]:
         """Wait until a slot is in a state, in this generation or a later one; return its row."""
 
         def row() -> dict[str, Any] | None:
             found = self.worker(slot)
             return found if found and found["state"] == state and found["generation"] >= generation else None
 
-        found: dict[str, Any] = self.wait(row, timeout, f"slot {slot}, generation {generation} is {state}")
+        found: dict[str, Any] = self.wait(row, what=f"slot {slot}, generation {generation} is {state}")
         return found
 
     def wait_log(self, text: str, timeout: float = PATIENCE_S) -> None:
@@ -468,7 +483,8 @@ def _table_is_true(service: Service) -> bool:
     """Compare two readings of the table, between which nothing moved, with /ready and with /proc."""
     before = service.workers()
     status, ready = service.ready()
-    children = {found.pid for found in processes() if found.parent == service.arbiter and found.state not in DONE}
+    alive = [found for found in processes() if found.state not in DONE]
+    children = {found.pid for found in alive if found.parent == service.arbiter}
     after = service.workers()
     if _places(before) != _places(after):
         return False

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Prometheus scrapes from a live service: names, counts that survive, files that do not pile up."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import socket
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from signal import SIGKILL, SIGTERM
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import DEADLINE_S, ROOT, Service, assert_invariants, new_client, until
+from prometheus_client.parser import text_string_to_metric_families
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SHARED = Path("/dev/shm")  # noqa: S108 - where the service keeps its folder
+FOLDER = re.compile(r"/\S+/warmfleet-metrics-[^/\s]+")
+REQUESTS = "warmfleet_requests_total"
+BOOTS, FAILURES, RESTARTS = (f"warmfleet_worker_{name}_total" for name in ("boots", "failures", "restarts"))
+# Not the base units of https://prometheus.io/docs/practices/naming/: those are seconds, bytes and ratios.
+OTHER_UNIT = re.compile(
+    r"_(ms|millis\w*|micros\w*|nanos\w*|minutes|hours|[kmg]i?b|kilo\w*|mega\w*|percent)(_|$)"
+)
+
+
+# The text
+
+
+def test_promtool_has_nothing_to_say(need: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`promtool check metrics` passes on a scrape of a service that has served, refused, failed and died."""
+    monkeypatch.setenv("PATH", f"{ROOT}/.cache/tools:{os.environ['PATH']}")  # where .ci/run puts it
+    promtool = need("promtool")
+    with Service(workers=2, stub_scenario="fail_load_once", max_concurrent_requests=4) as service:
+        service.wait_ready()
+        service.embed()
+        service.embed(["too many"] * 5)
+        service.kill(0, SIGKILL)
+        service.wait_state(0, "ready", 3)
+        text = service.get("/metrics").text
+        done = subprocess.run(
+            [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_names_and_units() -> None:
+    """Every name begins with warmfleet_ and speaks of seconds and bytes; each has a help text and a type."""
+    with Service(workers=2) as service:
+        service.wait_ready()
+        service.embed()
+        reply = service.get("/metrics")
+        assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        families = list(text_string_to_metric_families(reply.text))
+    assert len(families) > 20
+    for family in families:
+        assert family.name.startswith("warmfleet_")
+        assert family.documentation
+        assert family.type in ("counter", "gauge", "histogram"), family
+        assert not OTHER_UNIT.search(family.name), family.name
+        if family.type == "counter":
+            assert {sample.name for sample in family.samples} <= {f"{family.name}_total"}
+
+
+def test_requests_are_counted_exactly() -> None:
+    """`warmfleet_requests_total{slot="s0",endpoint="/embed",status="200"}` is the number of such answers."""
+    with Service(workers=1) as service:
+        service.wait_ready()
+        for _ in range(7):
+            assert service.embed().ok
+        for _ in range(3):
+            assert service.embed([]).status == 422
+        for path in ("/embedd", "/admin.php", "/embed"):
+            service.get(path, ops=False)
+        metrics = service.metrics()
+        found = {
+            (labels["slot"], labels["endpoint"], labels["status"]): value
+            for (name, pairs), value in metrics.samples.items()
+            if name == REQUESTS and (labels := dict(pairs))
+        }
+        assert found == {
+            ("s0", "/embed", "200"): 7,
+            ("s0", "/embed", "422"): 3,
+            ("s0", "/embed", "405"): 1,
+            ("s0", "other", "404"): 2,  # a scanner makes no label values
+        }
+        assert metrics.total("warmfleet_texts_total", slot="s0") == 7
+        assert metrics.total("warmfleet_request_stage_seconds_count", slot="s0", stage="forward") == 7
+        assert metrics.total("warmfleet_request_stage_seconds_count", slot="s0", stage="total") == 13
+
+
+# Counters and their files
+
+
+def test_counters_go_on_and_files_do_not_pile_up(tmp_path: Path) -> None:
+    """A slot's counters survive SIGKILL, and after 20 respawns there are as many files as before."""
+    with Service(workers=2, metrics_dir=tmp_path) as service:
+        service.wait_ready()
+        serve_from_both(service)
+        before, files = service.metrics(), sorted(file.name for file in tmp_path.iterdir())
+        assert len(files) == 4  # counters and histograms of two slots
+        service.kill(1, SIGKILL)
+        service.wait_state(1, "ready", 2)
+        assert service.metrics().total(REQUESTS, slot="s1") == before.total(REQUESTS, slot="s1") > 0
+        assert service.metrics().total(FAILURES, slot="s1", reason="killed") == 1
+        for generation in range(3, 13):
+            for slot in (0, 1):
+                service.kill(slot, SIGTERM)
+                service.wait_state(slot, "ready", generation - (slot == 0))
+        serve_from_both(service)
+        assert sorted(file.name for file in tmp_path.iterdir()) == files
+        after = service.metrics()
+        assert after.total(RESTARTS) == 21
+        assert after.total(BOOTS) == 23
+        assert after.total(REQUESTS, status="200") == sum(outcome.ok for outcome in service.outcomes)
+        assert_invariants(service)
+
+
+@pytest.mark.parametrize(
+    ("place", "damage"),
+    [(0, b"\xff\xff\xff\xff"), (8, b"\x00\x00\x00\x7f"), (12, b"\xff"), (0, bytes(65536))],
+    ids=["size of the file", "size of an entry", "name", "zeros"],
+)
+def test_damaged_counter_file_stops_neither_worker_nor_scrape(
+    tmp_path: Path, place: int, damage: bytes
+) -> None:
+    """A file that nobody can read is left out of the scrape, and replaced by the slot's next worker."""
+    with Service(workers=2, metrics_dir=tmp_path) as service:
+        service.wait_ready()
+        serve_from_both(service)
+        kept = service.metrics().total(REQUESTS, slot="s0")
+        with (tmp_path / "counter_s1.db").open("r+b") as stream:  # not shortened: the worker has it mapped
+            stream.seek(place)
+            stream.write(damage)
+        assert service.get("/metrics").status_code == 200
+        assert service.metrics().total(REQUESTS, slot="s0") == kept
+        service.kill(1, SIGKILL)
+        service.wait_state(1, "ready", 2)
+        service.scrapes.clear()  # what the damaged file had counted is lost
+        serve_from_both(service)
+        assert service.metrics().total(REQUESTS, slot="s1", status="200") > 0
+        assert_invariants(service)
+
+
+def test_folder_is_gone_after_the_stop() -> None:
+    """The folder of counters lives in /dev/shm as long as the service, and not a moment longer."""
+    with Service(workers=1) as service:
+        service.wait_ready()
+        folder = metrics_folder(service)
+        assert folder.is_dir()
+        assert service.stop() == 0
+        assert not folder.exists()
+
+
+def test_folder_of_a_killed_service_goes_at_the_next_boot() -> None:
+    """What a SIGKILLed arbiter left is removed by the next service; a folder in use is not."""
+    with Service(workers=1) as service:
+        service.wait_ready()
+        left = metrics_folder(service)
+        service.signal(SIGKILL)
+        service.wait_end()
+        service.assert_nothing_runs(timeout=10)
+    parent = SHARED if os.access(SHARED, os.W_OK) else Path(tempfile.gettempdir())
+    dead, used = (Path(tempfile.mkdtemp(prefix="warmfleet-metrics-", dir=parent)) for _ in range(2))
+    lock = os.open(used, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with Service(workers=1) as service:
+            service.wait_ready()
+            assert not left.exists()
+            assert not dead.exists()
+            assert used.is_dir()
+    finally:
+        os.close(lock)
+        used.rmdir()
+
+
+# What the scoreboard knows
+
+
+def test_scrape_tells_of_a_boot() -> None:
+    """Metrics are there while every worker loads, and say so."""
+    with Service(workers=2, stub_load_ms=2000, concurrent_loads=2) as service:
+        until(lambda: list(service.states().values()) == ["loading"] * 2, what="both are loading")
+        metrics = service.metrics()
+        assert metrics.total("warmfleet_ready") == 0
+        assert metrics.total("warmfleet_target_workers") == 2
+        assert metrics.total("warmfleet_worker_state", state="loading") == 2
+        assert metrics.total("warmfleet_worker_state") == 2
+        service.wait_ready()
+        metrics = service.metrics()
+        assert metrics.total("warmfleet_ready") == 1
+        assert metrics.total("warmfleet_worker_state", state="ready") == 2
+        for slot in ("s0", "s1"):
+            assert 2 <= metrics.total("warmfleet_worker_boot_stage_seconds", slot=slot, stage="load") < 5
+            assert metrics.total("warmfleet_worker_warmup_seconds", slot=slot) > 0
+            assert metrics.total("warmfleet_worker_memory_bytes", slot=slot, kind="rss") > 10e6
+
+
+def test_scrapes_do_not_hold_up_probes() -> None:
+    """While scrapes come one after another, /ready answers as ever: files are read off the event loop."""
+    with Service(workers=1) as service:
+        service.wait_ready()
+        stop = threading.Event()
+        scrapes: list[int] = []
+
+        def scrape() -> None:
+            with new_client() as client:
+                while not stop.is_set():
+                    scrapes.append(client.get(f"http://{service.ops_bind}/metrics").status_code)
+
+        threads = [threading.Thread(target=scrape) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            until(lambda: len(scrapes) > 3)
+            seconds = [timed(service.ready) for _ in range(40)]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        print(f"/ready beside {len(scrapes)} scrapes: median {statistics.median(seconds) * 1e3:.1f} ms")
+        assert set(scrapes) == {200}
+        assert statistics.median(seconds) < 0.2
+
+
+def test_queue_length_counts_connections_that_are_held() -> None:
+    """While the only worker boots anew, the connections that the kernel holds are in the metrics."""
+    with ExitStack() as stack, Service(workers=1, stub_scenario="slow_respawn") as service:
+        service.wait_ready()
+        assert service.metrics().total("warmfleet_listen_queue_length", listener="main") == 0
+        service.kill(0, SIGKILL)
+        service.wait_state(0, "loading", 2)
+        host, _, port = service.bind.rpartition(":")
+        for _ in range(5):
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=DEADLINE_S))
+        assert service.metrics().total("warmfleet_listen_queue_length", listener="main") == 5
+        service.wait_state(0, "ready", 2)
+        until(lambda: service.metrics().total("warmfleet_listen_queue_length", listener="main") == 0)
+
+
+def test_failures_are_counted_by_reason() -> None:
+    """A slot that cannot load shows as `load`, its sibling stays clean; a worker killed later as `killed`."""
+    with Service(workers=2, stub_scenario="fail_load_slot_1", boot_attempts=2, ready_quorum=1) as service:
+        service.wait_ready()
+        until(lambda: service.metrics().total(FAILURES, slot="s1", reason="load") >= 2, what="two failures")
+        metrics = service.metrics()
+        assert metrics.total(FAILURES, slot="s1") == metrics.total(FAILURES, slot="s1", reason="load")
+        assert metrics.total(FAILURES, slot="s0") == 0
+        service.kill(0, SIGKILL)
+        service.wait_state(0, "ready", 2)
+        metrics = service.metrics()
+        assert metrics.total(FAILURES, slot="s0") == metrics.total(FAILURES, slot="s0", reason="killed") == 1
+        assert_invariants(service)
+
+
+# Helpers
+
+
+def serve_from_both(service: Service) -> None:
+    """Send requests until both slots have served one more."""
+    before = service.metrics()
+
+    def both() -> bool:
+        assert service.embed().ok
+        after = service.metrics()
+        return all(after.total(REQUESTS, slot=s) > before.total(REQUESTS, slot=s) for s in ("s0", "s1"))
+
+    until(both, what="both slots serve")
+
+
+def metrics_folder(service: Service) -> Path:
+    """Return the folder whose files a worker has mapped."""
+    service.embed()  # opens them
+    (pid,) = service.pids().values()
+    found = FOLDER.search(Path(f"/proc/{pid}/maps").read_text(encoding="utf-8"))
+    assert found
+    return Path(found[0])
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.monotonic()
+    call()
+    return time.monotonic() - began
