@@ -12,7 +12,7 @@ import os
 
 
 class Permits:
-    """A fixed number of permits; a process may hold several, but each only once."""
+    """A fixed number of permits; a process holds one at most: its own lock is no obstacle to itself."""
 
     def __init__(self, name: str, count: int) -> None:
         """Make `count` permits; `name` shows in /proc/PID/fd."""

@@ -52,7 +52,7 @@ def aggregate(
     live = [record for record in records if record.live]
     ready = sum(record.state is State.READY and now - record.beat <= STALE_S for record in live)
     lost = sum(record.state is State.FAILED for record in live)
-    quorum = policy.quorum or max(1, policy.target - lost)
+    quorum = min(policy.quorum, policy.target) if policy.quorum else max(1, policy.target - lost)
     wanted = min(policy.floor, policy.target) if was_ready else quorum
     count = f"{ready} of {policy.target} workers are ready"
     if stopping:

@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_ignore_empty=True,
+        case_sensitive=True,
         populate_by_name=True,
         extra="forbid",
         frozen=True,

@@ -173,3 +173,10 @@ def test_an_error_of_an_earlier_life_is_not_told_of_a_ready_worker() -> None:
     """A worker that made it is simply ready, although its row keeps the last error for the status page."""
     rows = [worker(0, READY, failures=1, error="killed", error_state="loading")]
     assert ask(rows, target=1).detail == "1 of 1 workers are ready"
+
+
+def test_a_quorum_above_the_target_is_the_target() -> None:
+    """A fleet shrunk below its quorum before it was ever ready is ready once all of it is."""
+    records = [SlotRecord(slot=0, pid=1, state=State.READY, since=0.0, beat=10.0)]
+    readiness = aggregate(records, Policy(target=1, quorum=3, floor=1), 10.0, was_ready=False, stopping=False)
+    assert (readiness.ready, readiness.wanted) == (True, 1)

@@ -146,11 +146,11 @@ def test_a_slot_that_is_held_cannot_be_spawned_again(board: Scoreboard) -> None:
 
 @pytest.mark.parametrize("state", list(State), ids=lambda state: state.label)
 def test_a_slot_is_vacated_from_any_state(board: Scoreboard, state: State) -> None:
-    """Death asks nobody: the slot is empty, without pid and load, and still tells the last error."""
+    """Death asks nobody: the slot is empty, without pid, load or requests, and tells the last error."""
     board.fail(1, Failure.LOAD, "no such file")
     board.note_progress(1, 0.5, "loading")
     row = board.rows[1]
-    row.state, row.pid, row.load = state, 4711, 5
+    row.state, row.pid, row.load, row.in_flight = state, 4711, 5, 2
     board.vacate(1, 44.0)
     assert board.record(1) == replace(
         FRESH, state=State.EMPTY, since=44.0, progress=0.5, error="no such file", error_state="spawned"

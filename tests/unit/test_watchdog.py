@@ -71,14 +71,14 @@ def test_a_late_pass_ends_the_process_with_all_stacks(calls: Calls, monkeypatch:
     """One tick after the deadline, not before, and with an exit code that lets the slot be filled again."""
     row = Scoreboard(1).rows[0]
     ended: list[object] = []
-    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda all_threads: ended.append(all_threads))
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **how: ended.append(how))
     monkeypatch.setattr(watchdog.os, "_exit", ended.append)
     guard = Watchdog(row)
     with guard.forward(7.5):
         guard.tick(1007.4, 60.0)
         assert ended == []
         guard.tick(1007.5, 60.0)
-    assert ended == [True, 1]
+    assert ended == [{"all_threads": True}, 1]
 
 
 def test_ticks_postpone_the_timer_that_guards_them(calls: Calls) -> None:
