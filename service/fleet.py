@@ -36,8 +36,10 @@ class Fleet:
     def make(cls, settings: Settings, devices: tuple[str, ...], workers: int, problem: str = "") -> Fleet:
         """Arbiter: make everything that forks share; `problem` is why there is no model to load, if so."""
         board = Scoreboard(workers + SPARE_SLOTS)
-        board.header.target = workers
+        board.header.target = board.header.slots_used = workers
         board.header.started = now()
+        for row in board.rows[:workers]:
+            row.since = row.beat = board.header.started
         at_once = len(devices) if devices != (CPU,) else len(os.sched_getaffinity(0))
         return cls(
             settings=settings,
@@ -57,7 +59,7 @@ class Fleet:
     def readiness(self, records: list[SlotRecord] | None = None) -> Readiness:
         """Worker: decide whether the service is ready, and remember that it once was."""
         header, settings = self.board.header, self.settings
-        policy = Policy(header.target, settings.ready_quorum, settings.ready_floor)
+        policy = Policy(header.target, settings.ready_quorum, settings.ready_floor, settings.boot_attempts)
         readiness = aggregate(
             self.board.records() if records is None else records,
             policy,

@@ -19,11 +19,15 @@ STALE_S = 3.0
 
 @dataclass(frozen=True)
 class Policy:
-    """What counts as ready: `quorum` workers at first (None: all that can be), `floor` from then on."""
+    """What counts as ready: `quorum` workers at first (None: all that can be), `floor` from then on.
+
+    A slot that has failed `boot_attempts` times in a row is not waited for any more.
+    """
 
     target: int
     quorum: int | None
     floor: int
+    boot_attempts: int = 3
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def aggregate(
     """
     live = [record for record in records if record.live]
     ready = sum(record.state is State.READY and now - record.beat <= STALE_S for record in live)
-    lost = sum(record.state is State.FAILED for record in live)
+    lost = sum(_is_lost(record, policy) for record in live)
     quorum = min(policy.quorum, policy.target) if policy.quorum else max(1, policy.target - lost)
     wanted = min(policy.floor, policy.target) if was_ready else quorum
     count = f"{ready} of {policy.target} workers are ready"
@@ -69,6 +73,12 @@ def aggregate(
         status = "degraded" if was_ready else "starting"
     detail = _join(f"{count}, {wanted} wanted", live, now)
     return Readiness(ready=False, status=status, detail=detail, ready_workers=ready, wanted=wanted)
+
+
+def _is_lost(record: SlotRecord, policy: Policy) -> bool:
+    return record.state is not State.READY and (
+        record.state is State.FAILED or record.failures >= policy.boot_attempts
+    )
 
 
 def _join(count: str, live: Sequence[SlotRecord], now: float) -> str:

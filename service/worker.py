@@ -140,6 +140,7 @@ class FleetWorker(UvicornWorker):
             self._loop.add_signal_handler(signum, self._leave.set)
         board.rows[self.slot].ready_at = board.header.last_ready = now()
         board.header.ever_ready = 1
+        self.watchdog.tick(now(), self.fleet.settings.forward_timeout)  # a pass may come before a beat
         board.enter(self.slot, State.READY, now())
         record = board.record(self.slot)
         seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in record.stage_seconds.items())

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 from contextlib import suppress
+from itertools import pairwise
 from signal import SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2
 from typing import TYPE_CHECKING, Any
 
@@ -351,14 +352,17 @@ class TestDeadlines:
 
 class TestLoadPermits:
     def test_bound_the_loads_at_once(self) -> None:
-        """With one permit, no two workers load or warm at the same time; the others wait and say so."""
+        """With one permit, a worker loads only when the one before has warmed; the others wait and say so."""
         with Service(workers=3, concurrent_loads=1, stub_scenario="slow_boot") as service:
-            seen = []
-            for _, body in ready_bodies(service):
-                states = [row["state"] for row in body["workers"]]
-                seen.append(states)
-                assert sum(state in ("loading", "warming") for state in states) <= 1, states
+            seen = [[row["state"] for row in body["workers"]] for _, body in ready_bodies(service)]
+            assert max(states.count("loading") for states in seen) == 1
             assert any(states.count("waiting") == 2 for states in seen)
+            stages = sorted(
+                (row["stage_seconds"] for row in service.workers().values()), key=lambda s: s["wait"]
+            )
+            for one, following in pairwise(stages):
+                boot = one["load"] + one["warmup"]
+                assert following["wait"] > one["wait"] + boot - 0.5  # they are not forked at the same moment
             assert_invariants(service)
 
     def test_of_a_killed_worker_is_free_again(self) -> None:

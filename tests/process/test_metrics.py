@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -207,31 +208,33 @@ def test_scrape_tells_of_a_boot() -> None:
             assert metrics.total("warmfleet_worker_memory_bytes", slot=slot, kind="rss") > 10e6
 
 
-def test_scrapes_do_not_hold_up_probes() -> None:
-    """While scrapes come one after another, /ready answers as ever: files are read off the event loop."""
-    with Service(workers=1) as service:
+def test_scrapes_do_not_hold_up_probes(tmp_path: Path) -> None:
+    """While scrapes that take long come one after another, /ready answers at once: they run off the loop."""
+    with Service(workers=1, metrics_dir=tmp_path) as service:
         service.wait_ready()
+        service.embed()
+        for file in list(tmp_path.iterdir()):  # as if there were many more slots
+            for copy in range(400):
+                shutil.copy(file, tmp_path / f"{file.name.partition('_')[0]}_x{copy}.db")
         stop = threading.Event()
-        scrapes: list[int] = []
+        scrapes: list[float] = []
 
         def scrape() -> None:
             with new_client() as client:
                 while not stop.is_set():
-                    scrapes.append(client.get(f"http://{service.ops_bind}/metrics").status_code)
+                    scrapes.append(timed(lambda: client.get(f"http://{service.ops_bind}/metrics")))
 
-        threads = [threading.Thread(target=scrape) for _ in range(3)]
-        for thread in threads:
-            thread.start()
+        thread = threading.Thread(target=scrape)
+        thread.start()
         try:
-            until(lambda: len(scrapes) > 3)
-            seconds = [timed(service.ready) for _ in range(40)]
+            until(lambda: scrapes, what="the first scrape")
+            probes = [timed(service.ready) for _ in range(40)]
         finally:
             stop.set()
-            for thread in threads:
-                thread.join()
-        print(f"/ready beside {len(scrapes)} scrapes: median {statistics.median(seconds) * 1e3:.1f} ms")
-        assert set(scrapes) == {200}
-        assert statistics.median(seconds) < 0.2
+            thread.join()
+        scrape_s, probe_s = statistics.median(scrapes), statistics.median(probes)
+        print(f"/ready took {probe_s * 1e3:.0f} ms beside scrapes of {scrape_s * 1e3:.0f} ms")
+        assert probe_s < scrape_s / 4
 
 
 def test_queue_length_counts_connections_that_are_held() -> None:

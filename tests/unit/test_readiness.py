@@ -180,3 +180,14 @@ def test_a_quorum_above_the_target_is_the_target() -> None:
     records = [SlotRecord(slot=0, pid=1, state=State.READY, since=0.0, beat=10.0)]
     readiness = aggregate(records, Policy(target=1, quorum=3, floor=1), 10.0, was_ready=False, stopping=False)
     assert (readiness.ready, readiness.wanted) == (True, 1)
+
+
+def test_a_slot_that_fails_for_ever_is_not_waited_for() -> None:
+    """With one slot in its fourth try and the other warm, the default quorum is the warm one."""
+    warm = SlotRecord(slot=0, pid=1, state=State.READY, since=0.0, beat=10.0)
+    policy = Policy(target=2, quorum=None, floor=1, boot_attempts=3)
+    answers = []
+    for failures in (2, 3):
+        failing = SlotRecord(slot=1, pid=2, state=State.BACKOFF, since=0.0, beat=10.0, failures=failures)
+        answers.append(aggregate([warm, failing], policy, 10.0, was_ready=False, stopping=False).ready)
+    assert answers == [False, True]
