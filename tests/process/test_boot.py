@@ -21,7 +21,7 @@ from harness import PATIENCE_S, Service, assert_invariants, process, runs, until
 if TYPE_CHECKING:
     from pathlib import Path
 
-JOURNEY = ["spawned", "pinned", "backoff", "waiting", "loading", "warming", "ready"]
+JOURNEY = ["empty", "spawned", "pinned", "backoff", "waiting", "loading", "warming", "ready"]
 
 SLOW_IMPORT = '''
 """Found on PYTHONPATH: makes the preload import of the arbiter last."""
@@ -75,6 +75,7 @@ class TestReady:
                 assert {"loading", "warming", "ready"} <= set(states)
             assert "waiting" in seen[1]  # one load permit
             first, last = answers[0][1], answers[-1][1]
+            assert [row["slot"] for row in first["workers"]] == [0, 1]  # also before its first fork
             assert first["status"] == "starting"
             assert first["ready_workers"] == 0
             assert first["warmup_seconds"] is None
