@@ -30,5 +30,4 @@ pre_fork = hooks.pre_fork
 post_fork = hooks.post_fork
 post_worker_init = hooks.post_worker_init
 child_exit = hooks.child_exit
-pre_exec = hooks.pre_exec
 on_exit = hooks.on_exit

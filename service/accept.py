@@ -134,10 +134,8 @@ class GatedServer(Server):
         except OSError as error:
             if error.errno == errno.EINVAL:  # a sibling has shut the listener: the service stops
                 self.stop_accepting()
-                return False
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                raise
-            self._rest(listener, 1.0)  # no descriptors: trying again at once would spin
+            else:
+                self._rest(listener, 1.0)  # no descriptors or no network: trying again at once would spin
             return False
         connection.setblocking(False)
         protocol = self._protocol()  # kept: where there is TLS, the loop would return its own

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 UNKNOWN = "other"
 """Endpoint label of paths that do not exist: a scanner must not make label values."""
 
+READY_OPEN = ("status", "model", "warmup_seconds", "detail")
+READY_WITH_KEY = ("status", "ready_workers", "wanted_workers", "target_workers")
+"""What `/ready` tells here without, and with, an API key set: errors in `detail` may hold paths."""
+
 BODY = {
     "requestBody": {
         "required": True,
@@ -49,8 +53,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestError, error_reply)
     app.add_exception_handler(HTTPException, no_route_reply)
     app.add_middleware(CountRequests, fastapi=app)
-    app.add_api_route("/embed", embed, methods=["POST"], response_class=Response, openapi_extra=BODY)
-    app.add_api_route("/info", info, methods=["GET"], dependencies=[Depends(authorized)])
+    key = [Depends(authorized)]  # of the route, not of the handler: asked for before all else
+    app.add_api_route(
+        "/embed", embed, methods=["POST"], response_class=Response, openapi_extra=BODY, dependencies=key
+    )
+    app.add_api_route("/info", info, methods=["GET"], dependencies=key)
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/ready", ready, methods=["GET"])
     return app
@@ -61,15 +68,15 @@ async def authorized(request: Request) -> None:
     key = request.app.state.settings.api_key
     if key is None:
         return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if not hmac.compare_digest(given.encode(), key.get_secret_value().encode()):
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), key.get_secret_value().encode()):
         msg = "the API key is missing or wrong; send `Authorization: Bearer <key>`"
         raise UnauthorizedError(msg)
 
 
 async def engine(request: Request) -> Engine:
     """Return this worker's engine, or say that there is no warm one."""
-    found: Engine | None = request.app.state.engine
+    found: Engine | None = request.scope.get("state", {}).get(REHEARSAL, request.app.state.engine)
     if found is None:
         fleet = request.app.state.fleet
         why = f": {fleet.readiness().detail}" if fleet else ""
@@ -93,9 +100,7 @@ async def body(request: Request) -> bytes:
     return b"".join(chunks)
 
 
-async def embed_request(
-    _: Annotated[None, Depends(authorized)], raw: Annotated[bytes, Depends(body)]
-) -> EmbedRequest:
+async def embed_request(raw: Annotated[bytes, Depends(body)]) -> EmbedRequest:
     """Check what was sent."""
     return EmbedRequest.parse(raw)
 
@@ -142,9 +147,10 @@ async def health() -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Ready: the same answer as on the ops listener."""
+    """Ready: the same status as on the ops listener, and no more of the reasons than a client may know."""
     status, payload = ready_payload(request.app.state.fleet)
-    return reply(payload, status)
+    shown = READY_OPEN if request.app.state.settings.api_key is None else READY_WITH_KEY
+    return reply({name: payload[name] for name in shown}, status)
 
 
 async def error_reply(_: Request, error: Exception) -> JSONResponse:

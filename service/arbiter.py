@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import ssl
 import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
@@ -32,21 +33,27 @@ if TYPE_CHECKING:
 
 LOG = get()
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+GUNICORN = {"max_requests": 0, "reload": False, "reuse_port": False, "preload_app": True, "daemon": False}
+"""Options of Gunicorn's with which the fleet would lie or stop serving."""
 IGNORED_EARLY = (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def start(server: Arbiter) -> None:
-    """Refuse what cannot work, before torch is imported; then prepare metrics, signals and environment."""
+    """Refuse what cannot work, before torch is imported; then prepare metrics and environment."""
+    _bind_early_signals()
     try:
         settings = load()
         _check_gunicorn(server)
         preflight.check(settings)
+        folder = metrics.open_directory(settings.metrics_dir)
     except WarmfleetError as error:
         refuse(error)
-    folder = metrics.open_directory(settings.metrics_dir)
     server.metrics_dir = None if settings.metrics_dir else folder
     device.prepare_environment()
-    # Until Gunicorn's own handlers: PID 1 would ignore SIGTERM, and an early TTIN would stop the process.
+
+
+def _bind_early_signals() -> None:
+    """Until Gunicorn's own handlers: PID 1 would ignore SIGTERM, and an early TTIN would stop the process."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, _stop_during_import)
     for signum in IGNORED_EARLY:
@@ -55,12 +62,25 @@ def start(server: Arbiter) -> None:
 
 def _check_gunicorn(server: Arbiter) -> None:
     """Refuse what Gunicorn's own command line or signals can ask for and the fleet cannot do."""
+    cfg = server.cfg
     if len(server.address) < 2:  # noqa: PLR2004 - main and ops
         msg = "gunicorn's --bind replaces both listeners; set WARMFLEET_BIND and WARMFLEET_OPS_BIND instead"
         raise SettingsError(msg)
     if os.environ.get("GUNICORN_PID"):
         msg = "a second arbiter (USR2) would share slots and memory with the first; roll with HUP instead"
         raise SettingsError(msg)
+    for name, wanted in GUNICORN.items():
+        if cfg.settings[name].get() != wanted:
+            msg = (
+                f"gunicorn's {name} is {cfg.settings[name].get()}; the fleet needs {wanted}, drop the option"
+            )
+            raise SettingsError(msg)
+    if cfg.is_ssl:
+        try:
+            ssl.create_default_context().load_cert_chain(cfg.certfile, cfg.keyfile)
+        except (OSError, ssl.SSLError) as error:
+            msg = f"the certificate {cfg.certfile} with key {cfg.keyfile} cannot be used: {error}"
+            raise SettingsError(msg) from None
 
 
 def refuse(error: WarmfleetError) -> NoReturn:
@@ -143,6 +163,7 @@ def place(server: Arbiter, worker: FleetWorker) -> None:
     """Give the next worker the lowest free slot, and the slot its device."""
     fleet: Fleet = server.fleet
     worker.fleet, worker.slot = fleet, -1
+    worker.booted = True  # an exception in the fork would else exit with 3 and halt the whole fleet
     held = {other.slot for other in server.WORKERS.values()}
     for record in fleet.board.records():
         if record.live and record.slot not in held:  # Gunicorn skips child_exit when a kill finds nobody

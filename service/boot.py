@@ -85,13 +85,14 @@ def _turn(fleet: Fleet, slot: int) -> Iterator[None]:
         )
         time.sleep(row.backoff_until - began)
     board.enter(slot, State.WAITING, now())
-    while (permit := fleet.load_permits.try_acquire()) is None:
+    permits = fleet.load_permits[board.record(slot).device]
+    while (permit := permits.try_acquire()) is None:
         time.sleep(POLL_S)
     board.note_stage(slot, Stage.WAIT, now() - began)
     try:
         yield
     finally:
-        fleet.load_permits.release(permit)
+        permits.release(permit)
 
 
 def _load(fleet: Fleet, slot: int, backend: Backend) -> None:
@@ -112,7 +113,9 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
     budget = settings.max_batch_tokens or max(
         CUDA_BATCH_TOKENS if fleet.cuda else CPU_BATCH_TOKENS, backend.max_tokens
     )
-    backend.max_tokens = min(backend.max_tokens, budget)  # a longer text could never be computed
+    if budget < backend.max_tokens:
+        LOG.warning("texts are cut at max_batch_tokens, %d; the model takes %d", budget, backend.max_tokens)
+        backend.max_tokens = budget
     began = now()
     if settings.skip_warmup:
         LOG.warning("%s", SKIPPED)
@@ -136,7 +139,6 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
         LOG.warning(
             "max_batch_tokens is lowered from %d to %d: no room for more", budget, result.max_batch_tokens
         )
-        backend.max_tokens = min(backend.max_tokens, result.max_batch_tokens)
     board.rows[slot].max_batch_tokens = result.max_batch_tokens
     board.note_stage(slot, Stage.WARMUP, now() - began)
     return result

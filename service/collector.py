@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import struct
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from service import __version__
 from service.lifecycle import State
 from service.memory import listen_queue_length
+from service.metrics import DIRECTORY, UNREADABLE, counter_files
 from service.scoreboard import now
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     Families = Iterator[GaugeMetricFamily | CounterMetricFamily]
     Labels = tuple[str, ...]
     Samples = dict[Labels, float]
-
-UNREADABLE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, struct.error)
-"""What reading a damaged counter file, or one that is just being replaced, can raise."""
 
 
 def exposition(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -> bytes:
@@ -55,7 +52,7 @@ class CounterFiles:
 
     def collect(self) -> list[Metric]:
         """Return the sums over all files."""
-        files = [str(file) for file in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("*.db")]
+        files = [str(file) for file in counter_files(Path(os.environ[DIRECTORY]))]
         try:
             return list(MultiProcessCollector.merge(files))
         except UNREADABLE:
@@ -93,10 +90,11 @@ class BoardCollector:
         yield _gauge("ready_workers", "Workers that are ready.", {(): readiness.ready_workers})
         yield _gauge("target_workers", "Workers that are wanted.", {(): header.target})
         yield _gauge("import_seconds", "Seconds of the arbiter's imports.", {(): header.import_seconds})
-        lengths: Samples = {
-            (name,): sum(max(0, listen_queue_length(sock)) for sock in socks)
-            for name, socks in self._listeners.items()
-        }
+        lengths: Samples = {}
+        for name, socks in self._listeners.items():
+            known = [length for length in map(listen_queue_length, socks) if length >= 0]
+            if known:  # the kernel does not say it of unix sockets
+                lengths[name,] = sum(known)
         yield _gauge(
             "listen_queue_length", "Connections the kernel holds, not yet accepted.", lengths, ["listener"]
         )
@@ -125,7 +123,7 @@ def _lives(records: list[SlotRecord]) -> Families:
 def _boots(records: list[SlotRecord]) -> Families:
     boots: Samples = {(_name(r),): r.generation for r in records}
     yield _counter("worker_boots", "Workers started in a slot.", boots, ["slot"])
-    restarts: Samples = {(_name(r),): r.generation - 1 for r in records}
+    restarts: Samples = {(_name(r),): max(0, r.generation - 1) for r in records}
     yield _counter("worker_restarts", "Workers started in a slot after its first.", restarts, ["slot"])
     failures: Samples = {
         (_name(r), reason): count for r in records for reason, count in r.failures_by_reason.items()

@@ -102,6 +102,9 @@ class Engine:
         model_thread: the one thread that may touch the model.
         watchdog: guards a forward pass with a deadline; see service.watchdog.
         device_lost: called when the device can no longer be used by this process.
+        texts: admitted and not answered.
+        requests: the same, counted in requests.
+        passes: requests on the model thread, 0 or 1; goes on when a request is cancelled.
     """
 
     backend: Backend
@@ -112,6 +115,7 @@ class Engine:
     device_lost: Callable[[str], None] = lambda _message: None
     texts: int = 0
     requests: int = 0
+    passes: int = 0
     _seconds_per_text: float = 0.0
     _tokenizer_thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -196,6 +200,7 @@ class Engine:
         began = time.perf_counter()
         times.queue = began - queued
         vectors = np.empty((len(encodings), self.backend.dimension), dtype=np.float32)
+        self.passes += 1
         try:
             for indices in cut([len(encoding) for encoding in encodings], self.limits.max_batch_tokens):
                 with self.watchdog(self.limits.forward_timeout_s):
@@ -212,6 +217,8 @@ class Engine:
             LOG.exception("a forward pass failed")
             msg = f"the model failed on this request: {type(error).__name__}: {error}"
             raise InferenceError(msg) from error
+        finally:
+            self.passes -= 1
         times.forward = time.perf_counter() - began
         return vectors
 

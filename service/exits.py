@@ -13,16 +13,24 @@ ASKED = ("SIGTERM", "SIGQUIT", "SIGINT")
 
 
 def failure(noted: int, deadline: float, state: State, how: str, time: float) -> Failure | None:
-    """Name why the worker ended; None if it was asked to."""
-    if noted and state is not State.EMPTY:
+    """Name why the worker ended; None if it was asked to.
+
+    Args:
+        noted: what the worker noted itself: one more than the index into FAILURES, or 0.
+        deadline: when its stage or pass had to be done, or 0.
+        state: where it was.
+        how: name of the signal or exit code that ended it, empty for code 0 or if Gunicorn did not say.
+        time: now.
+    """
+    if noted:
         return FAILURES[noted - 1]
     if deadline and time >= deadline:
         return Failure.FORWARD_TIMEOUT if state in (State.READY, State.DRAINING) else Failure.DEADLINE
     if how == "SIGKILL":
         return Failure.KILLED
-    if how.startswith("SIG") and how not in ASKED:
-        return Failure.CRASHED
-    return Failure.EXITED if how.isdecimal() else None
+    if how in ASKED or (not how and state is State.DRAINING):
+        return None
+    return Failure.CRASHED if how.startswith("SIG") else Failure.EXITED
 
 
 def describe(reason: Failure, how: str) -> str:
@@ -37,7 +45,7 @@ def describe(reason: Failure, how: str) -> str:
         case Failure.CRASHED:
             return f"ended by {how}"
         case _:
-            return f"exited with code {how}"
+            return f"exited with code {how or 0}"
 
 
 class ExitWatcher(logging.Filter):

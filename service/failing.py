@@ -37,7 +37,7 @@ class Failing:
         tried_enough = row.failures >= self._fleet.settings.boot_attempts
         return (tried_enough and not self._board.header.ever_ready) or self._device_is_dead()
 
-    async def explain(self, error: Exception) -> NoReturn:
+    async def explain(self, error: BaseException) -> NoReturn:
         """Leave the reason on the scoreboard; exit for the next try, or park if this was the last."""
         board, settings = self._board, self._fleet.settings
         expected = isinstance(error, WarmfleetError)
@@ -51,16 +51,18 @@ class Failing:
 
     async def park(self) -> NoReturn:
         """FAILED: answer probes with the reason, until another try makes sense or nobody tries any more."""
-        board, header = self._board, self._board.header
+        board, header, row = self._board, self._board.header, self._board.rows[self._slot]
+        if row.exit_reason:  # count it now: leaving later is no failure
+            row.by_reason[row.exit_reason - 1] += 1
+            row.failures += 1
+            row.exit_reason = 0
         board.enter(self._slot, State.FAILED, now())
         LOG.error("giving up on slot %d: %s", self._slot, board.record(self._slot).error)
         while True:
+            asked = row.epoch < header.roll_epoch
             if halt_is_due(board.records(), target=header.target, ever_ready=bool(header.ever_ready)):
                 self._halt_once()
-            elif header.ever_ready and not self._device_is_dead():
-                self._leave(TRY_AGAIN)
-            elif board.rows[self._slot].epoch < header.roll_epoch:  # an operator asks for another try
-                board.rows[self._slot].exit_reason = 0  # a clean sheet
+            elif asked or (header.ever_ready and not self._device_is_dead()):
                 board.enter(self._slot, State.DRAINING, now())
                 self._leave(0)
             await asyncio.sleep(POLL_S)

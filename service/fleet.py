@@ -28,7 +28,7 @@ class Fleet:
     board: Scoreboard
     devices: tuple[str, ...]
     problem: str
-    load_permits: Permits
+    load_permits: dict[str, Permits]
     roll_permit: Permits
     halt_permit: Permits
 
@@ -40,13 +40,12 @@ class Fleet:
         board.header.started = now()
         for row in board.rows[:workers]:
             row.since = row.beat = board.header.started
-        at_once = len(devices) if devices != (CPU,) else len(os.sched_getaffinity(0))
         return cls(
             settings=settings,
             board=board,
             devices=devices,
             problem=problem,
-            load_permits=Permits("load", settings.concurrent_loads or at_once),
+            load_permits=_load_permits(settings, devices),
             roll_permit=Permits("roll", 1),
             halt_permit=Permits("halt", 1),
         )
@@ -56,17 +55,27 @@ class Fleet:
         """Whether workers are pinned to GPUs."""
         return self.devices != (CPU,)
 
+    def latch(self) -> None:
+        """Worker: remember that the quorum was reached; from then on only the floor counts."""
+        if self.readiness().ready:
+            self.board.header.was_ready = 1
+
     def readiness(self, records: list[SlotRecord] | None = None) -> Readiness:
-        """Worker: decide whether the service is ready, and remember that it once was."""
+        """Worker: decide whether the service is ready."""
         header, settings = self.board.header, self.settings
         policy = Policy(header.target, settings.ready_quorum, settings.ready_floor, settings.boot_attempts)
-        readiness = aggregate(
+        return aggregate(
             self.board.records() if records is None else records,
             policy,
             now(),
             was_ready=bool(header.was_ready),
             stopping=bool(header.stopping),
         )
-        if readiness.ready:
-            header.was_ready = 1
-        return readiness
+
+
+def _load_permits(settings: Settings, devices: tuple[str, ...]) -> dict[str, Permits]:
+    """Return permits by device: one for each GPU, else one pool for all."""
+    if settings.concurrent_loads or devices == (CPU,):
+        pool = Permits("load", settings.concurrent_loads or len(os.sched_getaffinity(0)))
+        return dict.fromkeys(devices, pool)
+    return {device: Permits(f"load-{device}", 1) for device in devices}

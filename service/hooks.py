@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import faulthandler
 import functools
-import os
 import resource
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +67,7 @@ def post_fork(server: Arbiter, worker: FleetWorker) -> None:
         arbiter.wait_without_slot()
     board = server.fleet.board
     faulthandler.dump_traceback_later(server.fleet.settings.spawn_timeout, exit=True)
+    board.rows[worker.slot].deadline = now() + server.fleet.settings.spawn_timeout
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, 0)
     )  # a core with a model in it is huge, and holds the GPU's memory
@@ -79,12 +79,11 @@ def post_fork(server: Arbiter, worker: FleetWorker) -> None:
 
 
 def post_worker_init(worker: FleetWorker) -> None:
-    """Worker, model thread: load and warm, then give the app its engine."""
-    state = worker.wsgi.state
-    state.engine = boot(
+    """Worker, model thread: load, warm, and make the engine."""
+    worker.engine = boot(
         worker.fleet,
         worker.slot,
-        state.backend,
+        worker.wsgi.state.backend,
         model_thread=worker.model_thread,
         watchdog=worker.watchdog,
         device_lost=worker.device_lost,
@@ -95,11 +94,6 @@ def post_worker_init(worker: FleetWorker) -> None:
 def child_exit(server: Arbiter, worker: FleetWorker) -> None:
     """Arbiter: the worker has been reaped."""
     arbiter.bury(server, worker)
-
-
-def pre_exec(_server: Arbiter) -> None:
-    """Copy of the arbiter: refuse to become a second one; raising here would end all workers."""
-    os._exit(1)
 
 
 def on_exit(server: Arbiter) -> None:

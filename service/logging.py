@@ -10,6 +10,7 @@ from typing import Any
 
 _identity = {"slot": "arbiter"}
 
+LEVEL = logging.getLevelNamesMapping().__getitem__
 TEXT = "%(asctime)s %(levelname)-7s %(slot)-7s %(message)s"
 
 
@@ -59,7 +60,8 @@ class JsonFormatter(TextFormatter):
 
 def config(log_format: str, level: str) -> dict[str, Any]:
     """Return the dictionary for `logging.config.dictConfig` (Gunicorn's `logconfig_dict`)."""
-    handlers = {"handlers": ["stderr"], "level": level.upper(), "propagate": False}
+    # The level is the handler's: service.exits reads warnings off Gunicorn's logger at any level.
+    handlers = {"handlers": ["stderr"], "level": min("INFO", level.upper(), key=LEVEL), "propagate": False}
     formatter = JsonFormatter if log_format == "json" else TextFormatter
     return {
         "version": 1,
@@ -69,6 +71,7 @@ def config(log_format: str, level: str) -> dict[str, Any]:
         "handlers": {
             "stderr": {
                 "class": "logging.StreamHandler",
+                "level": level.upper(),
                 "stream": "ext://sys.stderr",
                 "formatter": "line",
                 "filters": ["slot"],

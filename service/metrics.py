@@ -7,9 +7,11 @@ the slot's last worker left it. All metrics have labels, so importing this modul
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import struct
 import sys
 import tempfile
@@ -20,14 +22,17 @@ from prometheus_client import Counter, Histogram, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from service.engine import Observer
+from service.errors import SettingsError
 
 if TYPE_CHECKING:
     from service.engine import Times
 
 REHEARSAL = "warmfleet.rehearsal"
-"""Key in the state of a request that is nobody's, and is not counted."""
+"""Key in the state of the request that nobody sent and nobody counts; its value is the engine to ask."""
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 PREFIX = "warmfleet-metrics-"
+UNREADABLE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, struct.error)
+"""What reading a damaged counter file, or one that is just being replaced, can raise."""
 _identity = {"name": "arbiter"}
 
 # Bound before the first metric exists; prometheus_client would take the pid.
@@ -58,40 +63,73 @@ def open_directory(configured: str | None) -> Path:
     """Arbiter, before the fork: make or wipe the counters' folder, and remove what dead services left.
 
     A service holds a lock on its folder; one that can be locked belongs to nobody any more.
+
+    Raises:
+        SettingsError: nothing can be written there, or another service does.
     """
-    if configured:
-        folder = Path(configured)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in folder.glob("*.db"):
-            file.unlink(missing_ok=True)
-    else:
-        shared = Path("/dev/shm")  # noqa: S108 - memory, not a predictable file: mkdtemp names it
-        parent = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-        for stale in parent.glob(PREFIX + "*"):
-            if stale.stat().st_uid == os.getuid():
-                _remove_if_unused(stale)
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        _lock(folder)
+    try:
+        folder = _take(Path(configured)) if configured else _make()
+    except OSError as error:
+        msg = (
+            f"cannot keep metrics in {configured or 'the temporary folder'}: {error.strerror}; "
+            "set WARMFLEET_METRICS_DIR to a folder that can be written to"
+        )
+        raise SettingsError(msg) from None
     os.environ[DIRECTORY] = str(folder)
     return folder
 
 
+def _take(folder: Path) -> Path:
+    """Lock the configured folder, and remove the counters of its last user; nothing else in it is ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if _lock(folder) is None:
+        msg = f"metrics_dir {folder} is used by another service; give each one a folder of its own"
+        raise SettingsError(msg)
+    with tempfile.TemporaryFile(dir=folder):  # it can be written to
+        pass
+    for file in counter_files(folder):
+        file.unlink(missing_ok=True)
+    return folder
+
+
+def _make() -> Path:
+    """Remove what dead services left, then make and lock a folder; others may do the same."""
+    shared = Path("/dev/shm")  # noqa: S108 - memory, not a predictable file: mkdtemp names it
+    parent = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    for stale in parent.glob(PREFIX + "*"):
+        with contextlib.suppress(OSError):  # another start was faster
+            _remove_if_unused(stale)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        with contextlib.suppress(FileNotFoundError):  # taken for stale before the lock
+            if _lock(folder) is not None:
+                return folder
+
+
 def _lock(folder: Path) -> int | None:
-    """Lock a folder for as long as this process, or a fork of it, lives; None if somebody holds it."""
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    """Lock a folder for as long as this process, or a fork of it, lives; None if it is held or gone."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.suppress(BlockingIOError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
+        if folder.exists():  # whoever held the lock before may have removed what it is on
+            return fd
+    os.close(fd)
+    return None
 
 
 def _remove_if_unused(folder: Path) -> None:
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        return
     fd = _lock(folder)
     if fd is not None:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(fd)
+
+
+def counter_files(folder: Path, name: str = "*") -> list[Path]:
+    """Return the counter files of one worker, or of all, and no other file that may lie there."""
+    return [file for kind in ("counter", "histogram") for file in folder.glob(f"{kind}_{name}.db")]
 
 
 def adopt(slot: int) -> None:
@@ -100,7 +138,7 @@ def adopt(slot: int) -> None:
     A worker killed while its file grew leaves one that nobody can read; every scrape would fail.
     """
     _identity["name"] = f"s{slot}"
-    for file in Path(os.environ[DIRECTORY]).glob(f"*_s{slot}.db"):
+    for file in counter_files(Path(os.environ[DIRECTORY]), f"s{slot}"):
         if not _is_sound(file):
             file.unlink(missing_ok=True)
 
@@ -111,7 +149,7 @@ def _is_sound(file: Path) -> bool:
         with file.open("rb") as stream:
             used = int.from_bytes(stream.read(4), sys.byteorder, signed=True)
         MultiProcessCollector.merge([str(file)])
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, struct.error):
+    except UNREADABLE:
         return False
     return used == 0 or 8 <= used <= file.stat().st_size  # noqa: PLR2004 - entries follow eight bytes of header
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -56,7 +57,7 @@ def create_ops_app(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(_: Request) -> Response:
-        return HTMLResponse(PAGE.format(version=__version__, model=_escape(fleet.settings.model_id)))
+        return HTMLResponse(PAGE.format(version=__version__, model=escape(fleet.settings.model_id)))
 
     routes: dict[str, Endpoint] = {
         "/": page,
@@ -156,7 +157,3 @@ def detail_payload(record: SlotRecord) -> dict[str, Any]:
         "warmup_shapes": [asdict(shape) for shape in record.shapes],
         "failures_by_reason": {reason: count for reason, count in record.failures_by_reason.items() if count},
     }
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service import device, models
@@ -14,8 +16,6 @@ from service.errors import SettingsError
 from service.slots import CPU
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from service.settings import Settings
 
 
@@ -39,8 +39,7 @@ def check(settings: Settings) -> Preflight:
     Raises:
         SettingsError: the first thing that cannot work, in one sentence.
     """
-    for bind in (settings.bind, settings.ops_bind):
-        _check_free(bind)
+    _check_free(settings.bind, settings.ops_bind)
     folder = None
     if settings.backend != "stub":
         folder = models.find(settings)
@@ -57,17 +56,45 @@ def check(settings: Settings) -> Preflight:
     return found
 
 
-def _check_free(bind: str) -> None:
+def _check_free(*binds: str) -> None:
     """Gunicorn retries a busy port for five seconds, with a line each time; say it once, at once."""
-    if bind.startswith("unix:") or os.environ.get("LISTEN_FDS") or os.environ.get("GUNICORN_FD"):
+    if os.environ.get("LISTEN_FDS") or os.environ.get("GUNICORN_FD"):
         return
+    with ExitStack() as probes:  # all open at once: two listeners may want the same port
+        for bind in binds:
+            if bind.startswith("unix:"):
+                _check_path(bind)
+            else:
+                probes.enter_context(_listen(bind))
+
+
+def _listen(bind: str) -> socket.socket:
+    """Listen; with no more than a bind, Linux would give the port to the next probe too."""
     host, _, port = bind.rpartition(":")
-    host = host.strip("[]")
+    if ":" in host.strip("[]") and not (host.startswith("[") and host.endswith("]")):
+        msg = f"cannot listen on {bind}: an IPv6 address needs brackets; write [{host.strip('[]')}]:{port}"
+        raise SettingsError(msg)
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as probe:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        family, kind, proto, _, address = found[0]
+        with ExitStack() as failed:
+            probe = failed.enter_context(socket.socket(family, kind, proto))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+            probe.listen()
+            failed.pop_all()
     except OSError as error:
         msg = f"cannot listen on {bind}: {error.strerror}; stop what uses it or choose another address"
         raise SettingsError(msg) from None
+    return probe
+
+
+def _check_path(bind: str) -> None:
+    """Gunicorn makes the socket, and replaces one that is left over; it makes no folder."""
+    path = Path(bind.removeprefix("unix:").removeprefix("//"))
+    if not path.parent.is_dir():
+        msg = f"cannot listen on {bind}: the folder {path.parent} does not exist; make it first"
+        raise SettingsError(msg)
+    if path.exists() and not path.is_socket():
+        msg = f"cannot listen on {bind}: {path} exists and is no socket; choose another path"
+        raise SettingsError(msg)

@@ -7,6 +7,7 @@ here would leave CUDA or a lock in a state that no fork survives (docs/decisions
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import time
 from typing import TYPE_CHECKING
@@ -36,6 +37,9 @@ def application() -> FastAPI:
     folder, problem = found.folder, ""
     if folder is None and settings.backend != "stub":
         folder, problem = _download(settings)
+    faulthandler.dump_traceback_later(
+        settings.load_timeout, exit=True
+    )  # a hang here has nobody else to see it
     gc.disable()  # an import leaves little garbage: without collections it takes a sixth less time
     began = time.monotonic()
     backend = backends.create(settings, folder, cuda=found.cuda)
@@ -45,6 +49,7 @@ def application() -> FastAPI:
             backend.load()
         except WarmfleetError as error:  # the workers will fail alike, and tell on /ready
             LOG.error("the arbiter could not load the model: %s", error)  # noqa: TRY400 - a sentence will do
+    faulthandler.cancel_dump_traceback_later()
     app.state.backend, app.state.problem = backend, problem
     app.state.import_seconds = imported - began
     app.state.preload_seconds = time.monotonic() - imported

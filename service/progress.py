@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 POLL_S = 0.2
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks our own listener, whatever `http_proxy` says."""
 STEPS = {
     "empty": 0.0,
     "spawned": 0.02,
@@ -38,7 +40,10 @@ STEPS = {
 
 
 def run_with_progress(command: list[str], settings: Settings) -> int:
-    """Run Gunicorn below a progress display; return its exit code."""
+    """Run Gunicorn below a progress display; return its exit code.
+
+    A closed terminal sends HUP, which to Gunicorn would mean a reload; it is passed on as TERM.
+    """
     console = Console(stderr=True)
     gunicorn = subprocess.Popen(  # noqa: S603 - our own arguments
         command, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
@@ -46,7 +51,7 @@ def run_with_progress(command: list[str], settings: Settings) -> int:
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
-            gunicorn.send_signal(signum)
+            gunicorn.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
 
     for signum in (
         signal.SIGINT,
@@ -61,15 +66,24 @@ def run_with_progress(command: list[str], settings: Settings) -> int:
         signal.signal(signum, pass_on)
     log = threading.Thread(target=_copy_log, args=(gunicorn, console), daemon=True)
     log.start()
-    _show_boot(gunicorn, console, settings)
-    code = gunicorn.wait()
+    try:
+        with contextlib.suppress(OSError):  # the terminal is gone
+            _show_boot(gunicorn, console, settings)
+        gunicorn.wait()
+    finally:
+        gunicorn.terminate()
+        code = gunicorn.wait()
     log.join(timeout=2)
     return code if code >= 0 else 128 - code
 
 
 def _copy_log(gunicorn: subprocess.Popen[str], console: Console) -> None:
-    for line in gunicorn.stderr or ():
-        console.out(line.rstrip("\n"), highlight=False)
+    lines = iter(gunicorn.stderr or ())
+    with contextlib.suppress(OSError):  # the terminal is gone
+        for line in lines:
+            console.out(line.rstrip("\n"), highlight=False)
+    for _ in lines:  # a full pipe would block Gunicorn
+        pass
 
 
 def _show_boot(gunicorn: subprocess.Popen[str], console: Console, settings: Settings) -> None:
@@ -113,7 +127,7 @@ def _draw(progress: Progress, bars: dict[int, TaskID], worker: dict[str, Any]) -
 def _ask(settings: Settings) -> dict[str, Any] | None:
     """Return the body of /ready, or None while nobody answers."""
     try:
-        with urllib.request.urlopen(url(settings.ops_bind) + "/ready", timeout=2) as reply:  # noqa: S310 - our own
+        with DIRECT.open(url(settings.ops_bind) + "/ready", timeout=2) as reply:
             answer: dict[str, Any] = json.load(reply)
     except urllib.error.HTTPError as error:
         try:

@@ -95,7 +95,7 @@ def _clause(record: SlotRecord, now: float) -> str:
     text = f"slot {record.slot} is {record.state.label} since {seconds}"
     if record.doing:
         text += f" ({record.doing})"
-    if record.error:
+    if record.error and record.failures:
         again = f"{record.failures} in a row" if record.failures > 1 else "once"
         text += f", failed {again}, last while {record.error_state}: {record.error}"
     return text

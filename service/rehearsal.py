@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import Message, Scope
 
+    from service.engine import Engine
+
 BODY = orjson.dumps([PROBE_WORD])
 
 
-async def rehearse(app: FastAPI) -> None:
+async def rehearse(app: FastAPI, engine: Engine) -> None:
     """Post a text to /embed in-process, uncounted; the reply must be what a client would want.
 
     Raises:
         WarmupError: the app answered with an error.
     """
-    engine, key = app.state.engine, app.state.settings.api_key
+    key = app.state.settings.api_key
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(BODY)).encode())]
     if key is not None:
         headers.append((b"authorization", b"Bearer " + key.get_secret_value().encode()))
@@ -39,7 +41,7 @@ async def rehearse(app: FastAPI) -> None:
 
     observer, engine.observer = engine.observer, Observer()
     try:
-        await app(_scope(headers), receive, send)
+        await app(_scope(headers, engine), receive, send)
     finally:
         engine.observer = observer
     if sent[0]["status"] != 200:  # noqa: PLR2004 - OK
@@ -48,7 +50,7 @@ async def rehearse(app: FastAPI) -> None:
         raise WarmupError(msg)
 
 
-def _scope(headers: list[tuple[bytes, bytes]]) -> Scope:
+def _scope(headers: list[tuple[bytes, bytes]], engine: Engine) -> Scope:
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -62,5 +64,5 @@ def _scope(headers: list[tuple[bytes, bytes]]) -> Scope:
         "headers": headers,
         "client": None,
         "server": None,
-        "state": {REHEARSAL: True},
+        "state": {REHEARSAL: engine},
     }

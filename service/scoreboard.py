@@ -134,9 +134,6 @@ class Scoreboard:
         """Arbiter: hand the slot to the worker that is about to be forked."""
         row, header = self.rows[slot], self.header
         header.slots_used = max(header.slots_used, slot + 1)
-        row.pid, row.load, row.mean_load, row.ready_at, row.deadline, row.exit_reason = 0, 0, 0.0, 0.0, 0.0, 0
-        row.stage_s = type(row.stage_s)()
-        row.memory = type(row.memory)()
         row.generation += 1
         row.epoch = header.roll_epoch
         row.device = clip(device, 128)
@@ -144,9 +141,18 @@ class Scoreboard:
         self.enter(slot, State.SPAWNED, now)
 
     def vacate(self, slot: int, now: float) -> None:
-        """Arbiter: the worker of the slot is gone, whatever it was doing."""
+        """Arbiter: the worker of the slot is gone, whatever it was doing.
+
+        The slot keeps what is its own: generation, failures, last error, device, and the shapes' times,
+        by which its next worker knows that it is warm.
+        """
         row = self.rows[slot]
-        row.load, row.in_flight, row.pid, row.since, row.doing = 0, 0, 0, now, b""
+        row.pid = row.load = row.in_flight = row.exit_reason = row.max_batch_tokens = 0
+        row.mean_load = row.ready_at = row.deadline = row.progress = 0.0
+        row.doing = b""
+        row.stage_s = type(row.stage_s)()
+        row.memory = type(row.memory)()
+        row.since = now
         row.state = State.EMPTY
 
     def fail(self, slot: int, reason: Failure, error: str) -> None:

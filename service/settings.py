@@ -259,7 +259,8 @@ class Settings(BaseSettings):
     metrics_dir: str | None = setting(
         "metrics_dir",
         None,
-        "Folder for the counters that the workers share; wiped at start. Default: a fresh one in /dev/shm.",
+        "Folder for the counters that the workers share; counters of an earlier run are removed at start. "
+        "Default: a fresh one in /dev/shm.",
     )
 
     # Stub backend
@@ -294,8 +295,14 @@ class Settings(BaseSettings):
         if info.field_name == "bind" and value.startswith("unix:") and len(value) > len("unix:"):
             return value
         host, _, port = value.rpartition(":")
-        if not host or host == "unix" or not port.isdecimal() or int(port) not in range(1, 65536):
-            msg = "write host:port with a port from 1 to 65535, such as 127.0.0.1:8000"
+        if (
+            not host
+            or host == "unix"
+            or (":" in host and not host.startswith("["))
+            or not port.isdecimal()
+            or int(port) not in range(1, 65536)
+        ):
+            msg = "write host:port with a port from 1 to 65535, such as 127.0.0.1:8000 or [::1]:8000"
             raise ValueError(msg)
         return value
 

@@ -69,8 +69,8 @@ class SlotRecord:
 
     @property
     def out(self) -> bool:
-        """Whether the slot cannot be counted on for now: its worker gave up, or failed and tries again."""
-        return self.state is State.FAILED or (self.failures > 0 and self.state is not State.READY)
+        """Whether the slot cannot be counted on for now: its worker gave up, or waits out a failure."""
+        return self.state in (State.FAILED, State.BACKOFF)
 
 
 def lowest_free(held: Collection[int], capacity: int) -> int | None:
@@ -141,7 +141,8 @@ def may_leave(records: Sequence[SlotRecord], me: int, *, target: int, floor: int
 def device_is_dead(records: Sequence[SlotRecord], device: str, attempts: int = DEVICE_ATTEMPTS) -> bool:
     """Say whether every slot of a GPU has failed so often in a row that the GPU itself is to blame."""
     mine = [record for record in records if record.live and record.device == device]
-    return device != CPU and bool(mine) and all(record.failures >= attempts for record in mine)
+    failing = [record for record in mine if record.state is not State.READY and record.failures >= attempts]
+    return device != CPU and bool(mine) and failing == mine
 
 
 def halt_is_due(records: Sequence[SlotRecord], *, target: int, ever_ready: bool) -> bool:

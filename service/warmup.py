@@ -29,8 +29,6 @@ SHORT_TOKENS = 8
 UNIT_TOLERANCE = 2e-2
 """Of the length of a vector; half precision rounds to about 1e-2."""
 SAME_TOLERANCE = 1e-2
-FLOOR_TOKENS = 64
-"""`max_batch_tokens` is not halved below this; what has no room then has no room at all."""
 
 
 class Report(Protocol):
@@ -95,7 +93,7 @@ def warm(
 
     Args:
         backend: the placed model.
-        max_batch_tokens: budget of one pass; halved, down to a floor, while it does not fit.
+        max_batch_tokens: budget of one pass; halved while it does not fit, but never below the longest text.
         shapes: the batches; default: derived from the budget.
         known: what an earlier worker of this slot measured; a shape that is at once within
             1.5 times its steady time is warm after one pass.
@@ -118,7 +116,7 @@ def warm(
         else:
             return WarmupResult(times, max_batch_tokens)
         backend.trim()  # out of the except block, whose traceback would keep the tensors
-        if shapes or max_batch_tokens // 2 < FLOOR_TOKENS:
+        if shapes or max_batch_tokens // 2 < backend.max_tokens:  # texts would be cut here and not elsewhere
             msg = f"no room for a batch of {max_batch_tokens} tokens: {problem}"
             raise WarmupError(msg)
         max_batch_tokens //= 2

@@ -31,12 +31,13 @@ from service.logging import get
 from service.ops import create_ops_app
 from service.rehearsal import rehearse
 from service.scoreboard import now
-from service.slots import may_leave
+from service.slots import YOUNG_S, may_leave
 from service.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from service.engine import Engine
     from service.fleet import Fleet
 
 LOG = get()
@@ -62,6 +63,7 @@ class FleetWorker(UvicornWorker):
     CONFIG_KWARGS: ClassVar[dict[str, Any]] = HTTP
     fleet: Fleet
     slot: int
+    engine: Engine
 
     def init_process(self) -> None:
         """Move the `post_worker_init` hook aside: it loads and warms, and must not block the event loop."""
@@ -84,12 +86,12 @@ class FleetWorker(UvicornWorker):
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.watchdog = Watchdog(self.fleet.board.rows[self.slot])
         await self._open_listeners()
-        pulse = asyncio.create_task(self._pulse())
-        pulse.add_done_callback(self._pulse_ended)
+        self._pulsing = asyncio.create_task(self._pulse())
+        self._pulsing.add_done_callback(self._must_not_end)
         await self._boot()
         await self._leave.wait()
         await self._drain()
-        pulse.cancel()
+        self._exit(0)
 
     # Opening
 
@@ -112,11 +114,16 @@ class FleetWorker(UvicornWorker):
         app = create_ops_app(self.fleet, {"main": main, "ops": [ops]})
         config = Config(app=app, log_config=None, timeout_keep_alive=5, timeout_graceful_shutdown=1, **HTTP)
         self._ops = GatedServer(config, [ops])
+        for each in (self.config, config):
+            each.load()  # here, where its errors are seen
         self._tasks = {server: asyncio.create_task(server.serve()) for server in (self._ops, self._main)}
+        for task in self._tasks.values():
+            task.add_done_callback(self._must_not_end)
         await self._ops.accepting.wait()
         await self._main.accepting.wait()
         self.notify()
         faulthandler.cancel_dump_traceback_later()  # of post_fork: the event loop runs
+        self.fleet.board.rows[self.slot].deadline = 0.0
 
     # Booting
 
@@ -128,8 +135,8 @@ class FleetWorker(UvicornWorker):
         try:
             await self._loop.run_in_executor(self.model_thread, self._boot_hook, self)
             with self.watchdog.stage(self.fleet.settings.warmup_timeout):
-                await rehearse(self.wsgi)
-        except Exception as error:  # noqa: BLE001 - whatever the model's code raises
+                await rehearse(self.wsgi, self.engine)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the model's code raises
             await failing.explain(error)
         self._become_ready()
 
@@ -138,10 +145,12 @@ class FleetWorker(UvicornWorker):
         board = self.fleet.board
         for signum in (signal.SIGTERM, signal.SIGQUIT):
             self._loop.add_signal_handler(signum, self._leave.set)
+        self.wsgi.state.engine = self.engine
         board.rows[self.slot].ready_at = board.header.last_ready = now()
         board.header.ever_ready = 1
         self.watchdog.tick(now(), self.fleet.settings.forward_timeout)  # a pass may come before a beat
         board.enter(self.slot, State.READY, now())
+        self.fleet.latch()
         record = board.record(self.slot)
         seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in record.stage_seconds.items())
         LOG.info("ready on %s: %s", record.device, seconds)
@@ -163,13 +172,15 @@ class FleetWorker(UvicornWorker):
                 self.notify()
             if row.state in (State.READY, State.DRAINING):
                 self.watchdog.tick(time, self.fleet.settings.forward_timeout)
+                header.last_ready = time  # also while draining: a successor is to have all of cold_hold
             if row.state == State.READY:
-                header.last_ready = time
+                if not header.was_ready:
+                    self.fleet.latch()
+                if row.failures and time - row.ready_at >= YOUNG_S:
+                    row.failures = 0
                 if time - measured >= MEASURE_S:
                     measured = time
-                    self._loop.run_in_executor(
-                        None, measure, self.fleet, self.slot, self.wsgi.state.engine.backend
-                    )
+                    self._loop.run_in_executor(None, measure, self.fleet, self.slot, self.engine.backend)
                 self._roll_if_asked()
             elif row.state != State.DRAINING and self._gate.siblings_serve:
                 self._main.close_silent()
@@ -222,12 +233,9 @@ class FleetWorker(UvicornWorker):
         for server in (main, self._ops):
             server.should_exit = True
             await self._tasks[server]
-        engine = self.wsgi.state.engine
-        if engine.texts:
-            LOG.error("%d texts were not finished in time", engine.texts)
+        if main.server_state.tasks or self.engine.passes:
+            LOG.error("not all requests were finished in time")
             self._exit(1)
-        engine.close()
-        self.model_thread.shutdown(wait=False)
 
     def _exit(self, code: int) -> NoReturn:
         """End at once: interpreter shutdown would wait for threads that are inside C code."""
@@ -235,11 +243,12 @@ class FleetWorker(UvicornWorker):
         sys.stderr.flush()
         os._exit(code)
 
-    def _pulse_ended(self, task: asyncio.Task[None]) -> None:
-        """A worker without a pulse would be taken for dead: die."""
-        if not task.cancelled() and task.exception():
-            LOG.critical("the pulse failed", exc_info=task.exception())
-            self._exit(1)
+    def _must_not_end(self, task: asyncio.Task[None]) -> None:
+        """Die if the pulse or a server ends by itself: the worker would look alive and serve nobody."""
+        if task.cancelled() or (not task.exception() and self._leave.is_set()):
+            return
+        LOG.critical("a part of the worker ended", exc_info=task.exception())
+        self._exit(1)
 
 
 async def _until(done: Callable[[], bool], seconds: float) -> None:

@@ -82,6 +82,8 @@ class TorchBackend:
                 trust_remote_code=settings.trust_remote_code,
                 model_kwargs={"use_safetensors": True},
             )
+            if not self._cuda:
+                model.float()  # whatever the checkpoint holds; float32 stays in the file's pages
             model.eval()
             self._inspect(model)
         except MemoryError as error:
@@ -109,7 +111,9 @@ class TorchBackend:
             return
         with _device_errors():
             if self._settings.dtype == "auto":
-                self.dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+                self.dtype = (
+                    "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+                )
             self.model.to(device="cuda:0", dtype=getattr(torch, self.dtype))
             torch.cuda.synchronize()
 

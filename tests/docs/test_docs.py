@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import socket
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,9 @@ def board_families() -> dict[str, tuple[str, Labels]]:
         board.note_stage(0, stage, 1.0)
     board.rows[0].max_batch_tokens = 512
     families = {}
-    for family in BoardCollector(fleet, {"main": []}).collect():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        collected = list(BoardCollector(fleet, {"main": [listener]}).collect())
+    for family in collected:
         assert family.samples, f"{family.name}: the board above must give every family a sample"
         suffix = "_total" if family.type == "counter" else ""
         families[family.name + suffix] = (family.type, tuple(family.samples[0].labels))

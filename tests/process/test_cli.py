@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING
 
 import fakecuda
 import pytest
-from harness import PATIENCE_S, ROOT, Service, process, runs, until
+from harness import PATIENCE_S, ROOT, Service, free_port, process, runs, until
+from rich.console import Console
 
 import service as package
+from service.progress import _ask, _copy_log
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -84,6 +87,8 @@ def busy_port() -> Iterator[str]:
         ({"WORKERS": "many"}, "WARMFLEET_WORKERS=many: "),
         ({"BIND": "BUSY"}, "Address already in use; stop what uses it or choose another address"),
         ({"OPS_BIND": "BUSY"}, "Address already in use; stop what uses it or choose another address"),
+        ({"BIND": "127.0.0.1:PORT", "OPS_BIND": "0.0.0.0:PORT"}, "cannot listen on 0.0.0.0:"),
+        ({"BIND": "unix:/no/such/folder/api"}, "the folder /no/such/folder does not exist; make it first"),
         ({"DEVICE": "cuda"}, "device is cuda but no CUDA device is visible: the driver lists none;"),
         ({"DEVICES": "7", "FAKE": "2"}, "WARMFLEET_DEVICES names GPU 7, but the driver lists 2;"),
         ({"DEVICES": "GPU-9", "FAKE": "2"}, "WARMFLEET_DEVICES names 'GPU-9', which fits 0 of"),
@@ -105,7 +110,11 @@ def test_what_cannot_work_is_refused_in_one_line(
     with busy_port() as busy:
         folder = pickled(torch_mark.parent / "model")
         words = {"PICKLED": str(folder), "BUSY": busy}
-        ours = {f"WARMFLEET_{name}": words.get(value, value) for name, value in environ.items()}
+        port = str(free_port())
+        ours = {
+            f"WARMFLEET_{name}": words.get(value, value.replace("PORT", port))
+            for name, value in environ.items()
+        }
         done = run(start, PYTHONPATH=str(torch_mark.parent / "shim"), **driver, **ours)
     assert done.returncode == 1
     assert done.stdout == ""
@@ -193,6 +202,62 @@ def test_serve_on_a_terminal_shows_progress(stop: signal.Signals) -> None:
                 os.kill(child, signal.SIGKILL)
         serve.wait()
         os.close(screen)
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["while it boots", "once it is ready"])
+def test_a_closed_terminal_leaves_no_orphan(*, ready: bool) -> None:
+    """Whoever closes the terminal, in a boot or later, ends the service and every worker."""
+    service = Service(workers=2, stub_load_ms=200 if ready else 30_000)
+    screen, terminal = pty.openpty()
+    serve = subprocess.Popen(  # the terminal is its own, so that closing it means SIGHUP
+        ["setsid", "--ctty", *CLI, "serve"],
+        cwd=ROOT,
+        env=service.environ | {"TERM": "xterm"},
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    children: list[int] = []
+    try:
+        try:
+            read_until(screen, "status, probes and metrics" if ready else "loading")
+            until(lambda: len(descendants(serve.pid)) == 3, what="the arbiter and two workers run")
+            children = descendants(serve.pid)
+        finally:
+            os.close(screen)
+        serve.wait(PATIENCE_S)
+        until(lambda: not any(runs(child) for child in children), what="nothing is left")
+    finally:
+        serve.kill()
+        for child in children:
+            if runs(child):
+                os.kill(child, signal.SIGKILL)
+        serve.wait()
+
+
+def test_progress_asks_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`http_proxy` is for the world outside; the service's own listener is asked directly."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with Service(workers=1) as service:
+        service.wait_ready()
+        answer = _ask(Settings(ops_bind=service.ops_bind))
+        assert answer
+        assert answer["status"] == "ready"
+
+
+def test_log_is_drained_when_the_terminal_is_gone() -> None:
+    """Writing fails, reading goes on: a full pipe would block Gunicorn."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    flood = [sys.executable, "-c", "import sys; print('x' * 1_000_000, file=sys.stderr)"]
+    with subprocess.Popen(flood, stderr=subprocess.PIPE, text=True) as talker:
+        _copy_log(talker, Console(file=Gone()))
+        assert talker.wait(PATIENCE_S) == 0
 
 
 def test_serve_on_a_terminal_passes_the_exit_code_on() -> None:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import DEADLINE_S, ROOT, Service, assert_invariants, new_client, until
 from prometheus_client.parser import text_string_to_metric_families
+
+from service import metrics as service_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,6 +189,62 @@ def test_folder_of_a_killed_service_goes_at_the_next_boot() -> None:
         used.rmdir()
 
 
+def test_services_that_start_together_do_not_crash_each_other() -> None:
+    """Many starts at once remove the same stale folders, and each ends with a folder of its own, locked."""
+    parent = SHARED if os.access(SHARED, os.W_OK) else Path(tempfile.gettempdir())
+    start = (
+        "from service import metrics; import sys;"
+        "print(*[metrics._make() for _ in range(20)], flush=True); sys.stdin.read()"
+    )
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-c", start], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(6)
+    ]
+    folders: list[Path] = []
+    link = parent / "warmfleet-metrics-link"
+    with tempfile.TemporaryDirectory() as elsewhere:
+        link.symlink_to(elsewhere)
+        try:
+            for one in starts:
+                assert one.stdout
+                folders += map(Path, one.stdout.readline().split())
+            assert len(set(folders)) == 6 * 20
+            assert all(folder.is_dir() for folder in folders)
+            assert service_metrics._make().is_dir()
+            assert all(folder.is_dir() for folder in folders), "a folder in use was removed"
+            assert Path(elsewhere).is_dir(), "a link was followed"
+        finally:
+            link.unlink()
+            for one in starts:
+                one.communicate()
+    assert [one.returncode for one in starts] == [0] * 6
+
+
+def test_configured_folder_is_one_services_own(tmp_path: Path) -> None:
+    """A second service is refused in one line; what is no counter file stays where it is."""
+    strangers = [tmp_path / name for name in ("notes.db", "app_s0.db", "counter.txt")]
+    for stranger in strangers:
+        stranger.write_text("precious")
+    left = tmp_path / "counter_s7.db"
+    left.write_bytes(bytes(100))
+    with Service(workers=1, metrics_dir=tmp_path) as service:
+        service.wait_ready()
+        assert not left.exists()
+        said = f"warmfleet: metrics_dir {tmp_path} is used by another service; "
+        assert refusal(tmp_path).startswith(said)
+        assert service.embed().ok
+    assert [stranger.read_text() for stranger in strangers] == ["precious"] * 3
+
+
+def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    """One line says which folder and why."""
+    (tmp_path / "file").touch()
+    said = f"warmfleet: cannot keep metrics in {tmp_path}/file/sub: Not a directory; "
+    assert refusal(tmp_path / "file" / "sub").startswith(said)
+
+
 # What the scoreboard knows
 
 
@@ -280,6 +339,22 @@ def serve_from_both(service: Service) -> None:
         return all(after.total(REQUESTS, slot=s) > before.total(REQUESTS, slot=s) for s in ("s0", "s1"))
 
     until(both, what="both slots serve")
+
+
+def refusal(metrics_dir: Path) -> str:
+    """Return the one line of a service that must not start."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gunicorn", "-c", "gunicorn_conf.py"],
+        cwd=ROOT,
+        env=Service(metrics_dir=metrics_dir).environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    return line
 
 
 def metrics_folder(service: Service) -> Path:

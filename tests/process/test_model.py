@@ -269,3 +269,27 @@ def test_hub_id_from_the_cache_serves_offline(tmp_path: Path) -> None:
         assert service.wait_ready(PATIENCE_S)["model"] == "org/tiny"
         assert service.embed().ok
         assert service.get("/info", ops=False).json()["model_sha"] == "main"
+
+
+HALF = """
+import sys
+from pathlib import Path
+from sentence_transformers import SentenceTransformer
+from service import backends
+from service.settings import Settings
+
+folder, half = sys.argv[1:]
+SentenceTransformer(folder, device="cpu", local_files_only=True).half().save_pretrained(half)
+backend = backends.create(Settings(model_id=half, device="cpu"), Path(half), cuda=False)
+backend.load()
+backend.place()
+vectors = backend.forward(backend.collate(backend.tokenize(["hello"], truncate=True)))
+print({str(parameter.dtype) for parameter in backend.model.parameters()}, backend.dtype, vectors.dtype)
+"""
+
+
+def test_half_precision_checkpoint_is_computed_in_float32_on_a_cpu(tmp_path: Path) -> None:
+    """Half precision on a CPU is about 100 times slower: what the file holds does not matter there."""
+    command = [sys.executable, "-c", HALF, str(model_folder()), str(tmp_path / "half")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert said == "{'torch.float32'} float32 float32\n"

@@ -117,14 +117,28 @@ def test_info_describes_model_and_limits(app: FastAPI) -> None:
 
 
 def test_a_cold_worker_answers_probes(counters: Counters) -> None:
-    """Alive is alive, and not ready says why; neither needs an engine or a key, and no proxy keeps them."""
-    app = app_with(counters.slot, api_key=KEY)
+    """Alive is alive, and not ready says why; neither needs an engine, and no proxy keeps them."""
+    app = app_with(counters.slot)
     health, ready = send(app, "GET", "/health"), send(app, "GET", "/ready")
     assert outcome(health) == (200, {"status": "ok"})
-    answer = ready.json()
-    detail = "0 of 2 workers are ready, 2 wanted"
-    assert (ready.status_code, answer["status"], answer["detail"]) == (503, "starting", detail)
+    assert outcome(ready) == (
+        503,
+        {
+            "status": "starting",
+            "model": app.state.settings.model_id,
+            "warmup_seconds": None,
+            "detail": "0 of 2 workers are ready, 2 wanted",
+        },
+    )
     assert [reply.headers["cache-control"] for reply in (health, ready)] == ["no-store"] * 2
+
+
+def test_with_a_key_set_ready_tells_no_reasons(counters: Counters) -> None:
+    """Probes need no key, so they get a status and counts, and no error text with a path in it."""
+    app = app_with(counters.slot, api_key=KEY)
+    counts = {"ready_workers": 0, "wanted_workers": 2, "target_workers": 2}
+    assert outcome(send(app, "GET", "/ready")) == (503, {"status": "starting", **counts})
+    assert outcome(send(app, "GET", "/health")) == (200, {"status": "ok"})
 
 
 def test_ready_speaks_for_the_whole_fleet(counters: Counters) -> None:
@@ -135,7 +149,8 @@ def test_ready_speaks_for_the_whole_fleet(counters: Counters) -> None:
         board.spawn(slot, "cpu", service.app.time.monotonic())
         board.rows[slot].state = State.READY
     ready = send(app, "GET", "/ready")
-    assert (ready.status_code, ready.json()["status"], ready.json()["ready_workers"]) == (200, "ready", 2)
+    assert (ready.status_code, ready.json()["status"]) == (200, "ready")
+    assert ready.json()["detail"].startswith("2 of 2 workers are ready")
 
 
 # Requests that are refused
@@ -173,9 +188,12 @@ def test_the_engine_of_the_state_is_the_one_that_serves(counters: Counters, engi
         ({"authorization": "Bearer wrong"}, False),
         ({"authorization": "Bearer "}, False),
         ({"authorization": f"Basic {KEY}"}, False),
+        ({"authorization": KEY}, False),
+        ({"authorization": f"Bearer{KEY}"}, False),
         ({"authorization": "Bearer hünter2".encode("latin-1")}, False),
         ({"authorization": f"Bearer {KEY} "}, False),
         ({"authorization": f"Bearer {KEY}"}, True),
+        ({"authorization": f"bearer {KEY}"}, True),
     ],
     ids=repr,
 )
@@ -198,6 +216,18 @@ def test_a_key_is_asked_for_if_one_is_set(
     message = "the API key is missing or wrong; send `Authorization: Bearer <key>`"
     assert outcome(reply) == (401, {"error": message, "error_type": "unauthorized"})
     assert reply.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/embed"), ("GET", "/info")])
+def test_a_key_is_asked_for_before_a_cold_worker_gives_its_reasons(
+    counters: Counters, method: str, path: str
+) -> None:
+    """Who has no key reads 401, not the errors of a boot; who has it reads why."""
+    app = app_with(counters.slot, api_key=KEY)
+    assert send(app, method, path, json=["a"]).status_code == 401
+    reply = send(app, method, path, json=["a"], headers={"authorization": f"Bearer {KEY}"})
+    assert reply.status_code == 503
+    assert "0 of 2 workers are ready" in reply.json()["error"]
 
 
 LIMIT = 40

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import orjson
@@ -75,6 +76,16 @@ def test_a_wrong_request_is_told_where_and_why(body: bytes, message: str) -> Non
     with pytest.raises(InvalidRequestError) as caught:
         EmbedRequest.parse(body)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("shape", ["[%s]", '{"inputs": [%s]}'], ids=["bare", "object"])
+def test_a_million_wrong_texts_make_one_error(shape: str) -> None:
+    """The first wrong text is told and the rest is not looked at: a list of all errors would take seconds."""
+    body = (shape % ('"a",' + "1," * 999_000 + "1")).encode()
+    began = time.monotonic()
+    with pytest.raises(InvalidRequestError, match=r"\Ainputs\.1: Input should be a valid string\Z"):
+        EmbedRequest.parse(body)
+    assert time.monotonic() - began < 1
 
 
 @pytest.mark.parametrize(

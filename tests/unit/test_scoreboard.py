@@ -153,7 +153,7 @@ def test_a_slot_is_vacated_from_any_state(board: Scoreboard, state: State) -> No
     row.state, row.pid, row.load, row.in_flight = state, 4711, 5, 2
     board.vacate(1, 44.0)
     assert board.record(1) == replace(
-        FRESH, state=State.EMPTY, since=44.0, progress=0.5, error="no such file", error_state="spawned"
+        FRESH, state=State.EMPTY, since=44.0, error="no such file", error_state="spawned"
     )
 
 

@@ -187,7 +187,7 @@ def test_a_listener_is_host_and_port_or_a_socket(monkeypatch: pytest.MonkeyPatch
 
 
 INTEGER = "Input should be a valid integer, unable to parse string as an integer"
-ADDRESS = "write host:port with a port from 1 to 65535, such as 127.0.0.1:8000"
+ADDRESS = "write host:port with a port from 1 to 65535, such as 127.0.0.1:8000 or [::1]:8000"
 SHAPE = "is not a shape; write texts x tokens, such as 2x256"
 
 

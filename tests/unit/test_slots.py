@@ -202,7 +202,10 @@ def test_the_leaving_order_names_every_live_slot_once(rows: list[tuple[State, in
             [*fleet(READY, READY), worker(2, BACKOFF, failures=2)], 3, 1, True, id="a sibling backs off"
         ),
         pytest.param(
-            [*fleet(READY, READY), worker(2, LOADING, failures=2)], 3, 1, True, id="a sibling tries again"
+            [*fleet(READY, READY), worker(2, LOADING, failures=2)], 3, 1, False, id="a sibling tries again"
+        ),
+        pytest.param(
+            [*fleet(READY, READY), worker(2, State.BACKOFF, failures=2)], 3, 1, True, id="a sibling backs off"
         ),
         pytest.param(
             [*fleet(READY, READY), worker(2, READY, failures=1)], 3, 1, True, id="a sibling did fail once"
@@ -224,21 +227,24 @@ N = DEVICE_ATTEMPTS
     ("records", "expected"),
     [
         pytest.param([], False, id="no worker"),
-        pytest.param([worker(device="a", failures=N)], True, id="its only slot failed so often"),
-        pytest.param([worker(device="a", failures=N - 1)], False, id="once less"),
+        pytest.param([worker(0, LOADING, device="a", failures=N)], True, id="its only slot failed so often"),
+        pytest.param([worker(0, LOADING, device="a", failures=N - 1)], False, id="once less"),
         pytest.param(
-            [worker(0, device="a", failures=N), worker(1, device="a")],
+            [worker(0, LOADING, device="a", failures=N), worker(1, device="a")],
             False,
             id="another slot of it does well",
         ),
         pytest.param(
-            [worker(0, device="a", failures=N), worker(1, device="a", failures=N + 1)],
+            [worker(0, LOADING, device="a", failures=N), worker(1, LOADING, device="a", failures=N + 1)],
             True,
             id="all its slots",
         ),
         pytest.param(
-            [worker(0, device="a", failures=N), worker(1, device="b")], True, id="another device does well"
+            [worker(0, LOADING, device="a", failures=N), worker(1, device="b")],
+            True,
+            id="another device does well",
         ),
+        pytest.param([worker(0, READY, device="a", failures=N)], False, id="it is ready after all"),
         pytest.param([worker(0, EMPTY, device="a", failures=N)], False, id="nobody is on it now"),
     ],
 )
@@ -256,7 +262,7 @@ def test_the_cpu_is_never_dead() -> None:
 
 def test_other_attempts_may_be_asked_for() -> None:
     """The number of failures is the caller's to choose."""
-    records = [worker(device="a", failures=2)]
+    records = [worker(0, LOADING, device="a", failures=2)]
     assert [device_is_dead(records, "a", attempts) for attempts in (1, 2, 3)] == [True, True, False]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from service.backends.stub import StubBackend
 from service.errors import DeviceLostError, OutOfMemoryError, WarmupError
 from service.slots import ShapeTimes
-from service.warmup import FLOOR_TOKENS, MIN_ROUNDS, WarmupResult, is_warm, probe, shapes_for, warm
+from service.warmup import MIN_ROUNDS, WarmupResult, is_warm, probe, shapes_for, warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -293,35 +293,35 @@ def test_rounding_of_half_precision_passes(model: FakeModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "expected", "trims"), [(512, 512, 0), (511, 256, 1), (130, 128, 2), (64, 64, 3)]
+    ("room", "expected", "trims"), [(2048, 2048, 0), (2047, 1024, 1), (700, 512, 2), (256, 256, 3)]
 )
 def test_out_of_memory_halves_the_budget_until_it_fits(
     model: FakeModel, room: int, expected: int, trims: int
 ) -> None:
     """The worker serves what its device has room for; memory is given back before each new try."""
     model.room = room
-    result = model.warm()
+    result = model.warm(max_batch_tokens=2048)
     assert (result.max_batch_tokens, model.trims) == (expected, trims)
     assert [(s.texts, s.tokens) for s in result.shapes] == shapes_for(expected, 256)
 
 
-def test_below_the_floor_there_is_no_room_at_all(model: FakeModel) -> None:
-    """A device that cannot compute 64 tokens fails the worker, with what the device said."""
-    model.room = FLOOR_TOKENS - 1
+def test_a_budget_is_not_halved_below_the_longest_text(model: FakeModel) -> None:
+    """Where that has no room the worker fails: cutting texts here would give other vectors than elsewhere."""
+    model.room = model.max_tokens - 1
     with pytest.raises(WarmupError) as caught:
         model.warm()
-    assert str(caught.value) == "no room for a batch of 64 tokens: 64 tokens"
-    assert (model.passes, model.trims) == ([], 4)
+    assert str(caught.value) == "no room for a batch of 256 tokens: 256 tokens"
+    assert (model.passes, model.trims) == ([], 2)
 
 
-@pytest.mark.parametrize("budget", [100, 127, 511])
+@pytest.mark.parametrize("budget", [300, 1023, 4097])
 def test_a_refused_budget_is_named_as_it_was_tried(model: FakeModel, budget: int) -> None:
     """The number in the message is one that was tried, also where halves are not whole."""
     model.room = 8
     with pytest.raises(WarmupError) as caught:
         model.warm(max_batch_tokens=budget)
     tried = budget
-    while tried // 2 >= FLOOR_TOKENS:
+    while tried // 2 >= model.max_tokens:
         tried //= 2
     assert str(caught.value).startswith(f"no room for a batch of {tried} tokens: ")
 

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Listeners that cannot work: each is refused in one sentence, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from service import preflight
+from service.errors import SettingsError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _no_inherited_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LISTEN_FDS", "GUNICORN_FD"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def port() -> int:
+    """Return a port that is free."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        found: int = listener.getsockname()[1]
+    return found
+
+
+def test_free_ports_are_taken_and_given_back(port: int) -> None:
+    """The probes leave nothing behind: the same check passes again."""
+    for _ in range(2):
+        preflight._check_free(f"127.0.0.1:{port}", f"127.0.0.2:{port}")
+
+
+@pytest.mark.parametrize("hosts", [("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1")], ids=" ".join)
+def test_two_listeners_cannot_share_a_port(port: int, hosts: tuple[str, str]) -> None:
+    """All addresses include each address: the second listener is refused, whichever it is."""
+    said = f"cannot listen on {hosts[1]}:{port}: Address already in use; stop what uses it"
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        preflight._check_free(*(f"{host}:{port}" for host in hosts))
+
+
+@pytest.mark.parametrize("host", ["::1", "fe80::1", "::", "[::1", "::1]"])
+def test_an_ipv6_address_needs_brackets(host: str) -> None:
+    """Without them nobody can tell where the port begins; the hint has them."""
+    said = f"cannot listen on {host}:9000: an IPv6 address needs brackets; write [{host.strip('[]')}]:9000"
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        preflight._check_free(f"{host}:9000")
+
+
+def test_an_ipv6_address_in_brackets_is_taken(port: int) -> None:
+    """Where the machine has IPv6, the probe binds it."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    preflight._check_free(f"[::1]:{port}")
+
+
+@pytest.mark.parametrize("prefix", ["unix:", "unix://"])
+def test_a_unix_socket_needs_a_folder_and_a_free_path(tmp_path: Path, prefix: str) -> None:
+    """An absent path is taken, and a socket that was left over; no other file, and no folder is made."""
+    path = tmp_path / "api"
+    preflight._check_free(f"{prefix}{path}")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    preflight._check_free(f"{prefix}{path}")
+    path.unlink()
+    path.write_text("precious")
+    with pytest.raises(SettingsError, match="api exists and is no socket; choose another path"):
+        preflight._check_free(f"{prefix}{path}")
+    assert path.read_text() == "precious"
+    with pytest.raises(SettingsError, match=f"the folder {re.escape(str(tmp_path))}/none does not exist"):
+        preflight._check_free(f"{prefix}{tmp_path}/none/api")
