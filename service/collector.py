@@ -136,7 +136,7 @@ def _boots(records: list[SlotRecord]) -> Families:
     warm: Samples = {(_name(r),): r.stage_seconds["warmup"] for r in records if "warmup" in r.stage_seconds}
     yield _gauge("worker_warmup_seconds", "Seconds of the last warm-up.", warm, ["slot"])
     passes: Samples = {}
-    for r in records:
+    for r in (record for record in records if record.live):
         for shape in r.shapes:
             name = f"{shape.texts}x{shape.tokens}"
             passes[_name(r), name, "first"] = shape.first_s

@@ -269,7 +269,7 @@ class TestFirstBootFails:
         ("scenario", "error"),
         [
             ("wrong_warm", "warm-up output is wrong: values that are not finite"),
-            ("oom_warm", "no room for a batch of 64 tokens: scripted out of memory in warm"),
+            ("oom_warm", "no room for a batch of 256 tokens: scripted out of memory in warm"),
         ],
     )
     def test_warmup_that_cannot_succeed_fails_the_boot(self, scenario: str, error: str) -> None:
@@ -296,13 +296,13 @@ class TestFirstBootFails:
 class TestWarmup:
     def test_out_of_memory_halves_the_budget(self) -> None:
         """Where the full batch does not fit, the largest half that does is used and published."""
-        with Service(workers=1, stub_scenario="oom_above_128_tokens") as service:
+        with Service(workers=1, max_batch_tokens=1024, stub_scenario="oom_above_256_tokens") as service:
             service.wait_ready()
-            assert service.worker(0)["max_batch_tokens"] == 128
-            assert service.metrics().total("warmfleet_worker_max_batch_tokens", slot="s0") == 128
+            assert service.worker(0)["max_batch_tokens"] == 256
+            assert service.metrics().total("warmfleet_worker_max_batch_tokens", slot="s0") == 256
             info = service.get("/info", ops=False).json()
-            assert (info["max_batch_tokens"], info["max_input_length"]) == (128, 128)
-            assert "max_batch_tokens is lowered from 512 to 128" in service.log
+            assert (info["max_batch_tokens"], info["max_input_length"]) == (256, 256)
+            assert "max_batch_tokens is lowered from 1024 to 256" in service.log
             assert service.embed(["word " * 200]).ok
             assert_invariants(service)
 

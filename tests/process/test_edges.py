@@ -116,6 +116,17 @@ def test_slot_with_less_room_computes_the_same_vectors(tmp_path: Path) -> None:
         assert_invariants(service)
 
 
+def test_slot_without_room_for_the_longest_text_fails(tmp_path: Path) -> None:
+    """A slot that could only serve by cutting texts which its siblings do not cut does not serve at all."""
+    path = scenario(tmp_path, {"stage": "warm", "kind": "oom", "slots": [0], "max_tokens": 128})
+    with Service(workers=2, ready_quorum=1, stub_scenario=path) as service:
+        row = service.wait_state(0, "backoff", generation=2)
+        assert row["last_error"].startswith("warming: no room for a batch of 256 tokens: ")
+        service.wait_ready()
+        assert service.worker(1)["max_batch_tokens"] == 512
+        assert_invariants(service)
+
+
 def test_exception_in_a_fresh_fork_does_not_halt_a_warm_fleet(tmp_path: Path) -> None:
     """A fork that raises before it is a worker is a failure of its slot alone: it backs off, others serve."""
     conf = tmp_path / "conf.py"
