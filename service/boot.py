@@ -32,7 +32,7 @@ LOG_S = 1.0
 CPU_BATCH_TOKENS = 512
 """A quarter of a second on one core for a small model; bigger batches gain nothing there."""
 CUDA_BATCH_TOKENS = 16384
-CPU_WARMUP_S = 1.0
+CPU_WARMUP_S = 0.5
 """An eager CPU model has little that is lazy: the first pass of a shape costs 1.1 to 1.6 times the next."""
 CUDA_WARMUP_S = 60.0
 

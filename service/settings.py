@@ -191,7 +191,7 @@ class Settings(BaseSettings):
         "warmup_budget",
         None,
         "Seconds for all shapes of a warm-up, an equal share each; every shape gets one pass at least. "
-        "Default: 1 on CPU, where little is lazy, 60 on CUDA.",
+        "Default: 0.5 on CPU, where little is lazy, 60 on CUDA.",
         gt=0,
     )
 
