@@ -153,6 +153,7 @@ class GatedServer(Server):
 
     def _protocol(self) -> asyncio.Protocol:
         config = self.config
+        # uvicorn types the class as any asyncio.Protocol, whose constructor takes nothing.
         protocol: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
             config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=self._loop
         )
