@@ -217,15 +217,19 @@ class Server:
         with suppress(subprocess.TimeoutExpired):
             self.process.terminate()
             self.process.wait(20)
-        for pid in self.pids():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.kill()
         self.process.wait(10)
         if error is not None and not isinstance(error, KeyboardInterrupt):
             print(
                 f"--- the last lines of {' '.join(self._command)}\n{self.log()[-4000:]}---", file=sys.stderr
             )
         self._log.close()
+
+    def kill(self) -> None:
+        """End all of it at once."""
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def log(self) -> str:
         """Return what it has printed so far."""
@@ -273,6 +277,12 @@ class Server:
         """Return the rows of /workers by slot; empty if nobody answered."""
         reply = try_request(self.ops_port, "/workers", timeout_s=10)
         return {row["slot"]: row for row in reply.json()["workers"]} if reply and reply.status == 200 else {}
+
+    def metric(self, name: str) -> list[tuple[dict[str, str], float]]:
+        """Return every sample of a metric: its labels and its value."""
+        text = request(self.ops_port, "/metrics").body.decode()
+        found = re.findall(rf"^{name}(?:\{{(.*)\}})? (\S+)$", text, re.MULTILINE)
+        return [(dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)) for labels, value in found]
 
     def served(self) -> dict[int, int]:
         """Return how many embeddings requests each slot has answered with 200."""
@@ -421,6 +431,18 @@ def parser(doc: str | None, *, rounds: int) -> argparse.ArgumentParser:
     )
     made.add_argument("--seed", type=int, default=7, help="of the order within each round and of the texts")
     return made
+
+
+def settings_option(made: argparse.ArgumentParser) -> None:
+    """Add `--set`."""
+    made.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of warmfleet, lower case"
+    )
+
+
+def chosen_settings(args: argparse.Namespace) -> dict[str, str]:
+    """Return what `--set` says."""
+    return dict(pair.split("=", 1) for pair in args.set)
 
 
 def hardware() -> dict[str, Any]:

@@ -1,177 +1,214 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The API listener: validate, hand to the engine, encode. Made in the arbiter, serves in the worker."""
+"""The API listener, put together: endpoints, probes, errors, counting. Made in the arbiter; worker.
+
+The way of a request through an endpoint of the model is told in `service.endpoint`.
+"""
 
 from __future__ import annotations
 
-import hmac
-import math
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from http import HTTPStatus
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+import orjson
+from fastapi import FastAPI
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
-from service import __version__
-from service.engine import Engine  # noqa: TC001 - FastAPI reads the annotations
-from service.errors import InvalidRequestError, NotReadyError, RequestError, TooLargeError, UnauthorizedError
+from service import __version__, openai_api, tei_api
+from service.backends.base import Kind
+from service.dialects import error_body, error_reply
+from service.errors import InvalidRequestError, RequestError
+from service.jobs import model_type
 from service.metrics import REHEARSAL, REQUESTS, STAGE_SECONDS
+from service.openapi import document
 from service.ops import health_payload, ready_payload, reply
-from service.schemas import EmbedObject, EmbedRequest
+from service.security import read_keys
+from service.steps import warm_engine
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from prometheus_client import Counter, Histogram
+    from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from service.backends.base import Backend
+    from service.endpoint import Endpoint
     from service.settings import Settings
 
 UNKNOWN = "other"
 """Endpoint label of paths that do not exist: a scanner must not make label values."""
+CLIENT_GONE = 499
+"""Status label of requests that nobody waited for; nginx's number."""
+MODEL_PATH = "/v1/models/"
 
 READY_OPEN = ("status", "model", "warmup_seconds", "detail")
 READY_WITH_KEY = ("status", "ready_workers", "wanted_workers", "target_workers")
 """What `/ready` tells here without, and with, an API key set: errors in `detail` may hold paths."""
 
-BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "anyOf": [{"type": "array", "items": {"type": "string"}}, EmbedObject.model_json_schema()]
-                }
-            }
-        },
-    }
-}
+EXPOSED = ("x-request-id", "server-timing", "retry-after", "x-shape", "x-dtype", "x-compute-tokens")
+"""Headers of replies that a page of another origin may read."""
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Return the API; `state.fleet`, `state.slot` and `state.engine` are set in the worker."""
-    app = FastAPI(title="warmfleet", version=__version__, description="Embeddings from N warm workers.")
-    app.state.settings = settings
-    app.state.fleet = app.state.slot = app.state.engine = None
-    app.add_exception_handler(RequestError, error_reply)
-    app.add_exception_handler(HTTPException, no_route_reply)
+    """Return the API; `state.fleet`, `state.slot` and `state.engine` are set in the worker.
+
+    Raises:
+        SettingsError: the API keys cannot be read.
+    """
+    app = Api(title="warmfleet", version=__version__)
+    state = app.state
+    state.settings, state.keys, state.created = settings, read_keys(settings), int(time.time())
+    state.fleet = state.slot = state.engine = None
+    endpoints: list[Endpoint[Any]] = []
+    endpoints += [kind(state, endpoints) for kind in (*tei_api.ENDPOINTS, *openai_api.ENDPOINTS)]
+    posts = {path: endpoint for endpoint in endpoints for path in endpoint.paths}
+    app.router.routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+    app.router.routes += [Route(path, answer, methods=["GET"]) for path, answer in GETS.items()]
+    app.add_exception_handler(RequestError, error_answer)
+    app.add_exception_handler(HTTPException, no_route_answer)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
+        )
+    else:
+        app.straight = {path: CountRequests(endpoint, app) for path, endpoint in posts.items()}
     app.add_middleware(CountRequests, fastapi=app)
-    key = [Depends(authorized)]  # of the route, not of the handler: asked for before all else
-    app.add_api_route(
-        "/embed", embed, methods=["POST"], response_class=Response, openapi_extra=BODY, dependencies=key
-    )
-    app.add_api_route("/info", info, methods=["GET"], dependencies=key)
-    app.add_api_route("/health", health, methods=["GET"])
-    app.add_api_route("/ready", ready, methods=["GET"])
+    app.described = document(endpoints, with_keys=bool(state.keys))
     return app
 
 
-async def authorized(request: Request) -> None:
-    """Let the request pass if no API key is set, or it carries the key."""
-    key = request.app.state.settings.api_key
-    if key is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), key.get_secret_value().encode()):
-        msg = "the API key is missing or wrong; send `Authorization: Bearer <key>`"
-        raise UnauthorizedError(msg)
+class Api(FastAPI):
+    """FastAPI, whose middlewares and routing the endpoints of the model do without: a sixth of the cost.
+
+    Attributes:
+        straight: endpoints by the path to which they are posted; none where a middleware must see them.
+        described: the OpenAPI document.
+    """
+
+    straight: Mapping[str, ASGIApp] = MappingProxyType({})
+    described: dict[str, Any]
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document; FastAPI would describe only routes of its own making."""
+        return self.described
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Go straight to an endpoint of the model, or FastAPI's way."""
+        endpoint = self.straight.get(scope.get("path", ""))
+        if endpoint is None or scope["type"] != "http" or scope["method"] != "POST":
+            await super().__call__(scope, receive, send)
+        else:
+            await endpoint(scope, receive, send)
 
 
-async def engine(request: Request) -> Engine:
-    """Return this worker's engine, or say that there is no warm one."""
-    found: Engine | None = request.scope.get("state", {}).get(REHEARSAL, request.app.state.engine)
-    if found is None:
-        fleet = request.app.state.fleet
-        why = f": {fleet.readiness().detail}" if fleet else ""
-        msg = f"no worker is warm yet{why}"
-        raise NotReadyError(msg, retry_after_s=1)
-    return found
+# Endpoints that ask nothing of the model
 
 
-async def body(request: Request) -> bytes:
-    """Read the body up to `max_body_bytes`, and no further."""
-    limit = request.app.state.settings.max_body_bytes
-    msg = f"the body is larger than the limit of {limit} bytes; split the request"
-    if int(request.headers.get("content-length") or 0) > limit:
-        raise TooLargeError(msg)
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise TooLargeError(msg)
-        chunks.append(chunk)
-    return b"".join(chunks)
+async def models(request: Request) -> Response:
+    """List the model, as OpenAI does."""
+    state = request.app.state
+    state.keys.check(request.headers.get("authorization", "").encode("latin-1"))
+    return json_reply(openai_api.list_models(state.settings, state.created))
 
 
-async def embed_request(raw: Annotated[bytes, Depends(body)]) -> EmbedRequest:
-    """Check what was sent."""
-    return EmbedRequest.parse(raw)
+async def one_model(request: Request) -> Response:
+    """Describe the model, if it is called so."""
+    state, name = request.app.state, request.path_params["model"]
+    state.keys.check(request.headers.get("authorization", "").encode("latin-1"))
+    openai_api.check_name(state.settings, name)
+    return json_reply(openai_api.describe_model(state.settings, state.created, name))
 
 
-async def embed(
-    model: Annotated[Engine, Depends(engine)], request: Annotated[EmbedRequest, Depends(embed_request)]
-) -> Response:
-    """Embed texts: a bare array answers `{"embeddings": …}`, `{"inputs": …}` a list of vectors."""
-    result = await model.embed(request.texts, truncate=request.truncate)
-    began = time.perf_counter()
-    reply_body = request.encode(result.vectors)
-    model.observer.encoded(time.perf_counter() - began)
-    return Response(
-        reply_body,
-        media_type="application/json",
-        headers={"server-timing": result.times.server_timing()},
+async def info(request: Request) -> Response:
+    """Describe the model and the limits, in text-embeddings-inference's words."""
+    state = request.app.state
+    state.keys.check(request.headers.get("authorization", "").encode("latin-1"))
+    engine, settings = warm_engine(state, request.scope), state.settings
+    backend, limits = engine.backend, engine.limits
+    return json_reply(
+        {
+            "model_id": settings.model_id,
+            "model_sha": settings.revision,
+            "model_dtype": backend.dtype,
+            "model_type": {model_type(backend): _describe(backend)},
+            "max_concurrent_requests": limits.max_concurrent_texts,
+            "max_input_length": backend.max_tokens,
+            "max_batch_tokens": limits.max_batch_tokens,
+            "max_batch_requests": limits.max_batch_texts,
+            "max_client_batch_size": limits.max_client_batch_size,
+            "auto_truncate": limits.auto_truncate,
+            "prompts": list(backend.prompts),
+            "request_timeout": limits.request_timeout_s,
+            "backend": settings.backend,
+            "packing": backend.packing,
+            "workers": state.fleet.board.header.target,
+            "version": __version__,
+        }
     )
 
 
-async def info(model: Annotated[Engine, Depends(engine)], request: Request) -> dict[str, Any]:
-    """Describe the model and the limits, in text-embeddings-inference's words."""
-    settings: Settings = request.app.state.settings
-    return {
-        "model_id": settings.model_id,
-        "model_sha": settings.revision,
-        "model_dtype": model.backend.dtype,
-        "model_type": {
-            "embedding": {"dimension": model.backend.dimension, "normalized": model.backend.normalized}
-        },
-        "max_input_length": model.backend.max_tokens,
-        "max_batch_tokens": model.limits.max_batch_tokens,
-        "max_concurrent_requests": model.limits.max_concurrent_texts,
-        "max_client_batch_size": model.limits.max_client_batch_size,
-        "auto_truncate": model.limits.auto_truncate,
-        "backend": settings.backend,
-        "workers": request.app.state.fleet.board.header.target,
-        "version": __version__,
-    }
+def _describe(backend: Backend) -> dict[str, Any]:
+    if backend.kind is Kind.SCORES:
+        return {
+            "id2label": {str(number): label for number, label in enumerate(backend.labels)},
+            "label2id": {label: number for number, label in enumerate(backend.labels)},
+        }
+    return {"dimension": backend.dimension, "normalized": backend.normalized}
 
 
-async def health() -> Response:
+async def health(_: Request) -> Response:
     """Alive: the same answer as on the ops listener."""
     return reply(health_payload())
 
 
 async def ready(request: Request) -> Response:
     """Ready: the same status as on the ops listener, and no more of the reasons than a client may know."""
-    status, payload = ready_payload(request.app.state.fleet)
-    shown = READY_OPEN if request.app.state.settings.api_key is None else READY_WITH_KEY
-    return reply({name: payload[name] for name in shown}, status)
+    state = request.app.state
+    status, payload = ready_payload(state.fleet)
+    return reply({name: payload[name] for name in (READY_WITH_KEY if state.keys else READY_OPEN)}, status)
 
 
-async def error_reply(_: Request, error: Exception) -> JSONResponse:
-    """Answer with text-embeddings-inference's error shape and, where it helps, `Retry-After`."""
+GETS = {
+    "/v1/models": models,
+    "/v1/models/{model:path}": one_model,
+    "/info": info,
+    "/health": health,
+    "/ready": ready,
+}
+
+
+def json_reply(payload: dict[str, Any]) -> Response:
+    """Return JSON."""
+    return Response(orjson.dumps(payload), media_type="application/json")
+
+
+# Errors
+
+
+async def error_answer(request: Request, error: Exception) -> Response:
+    """Answer in the dialect of the path."""
     problem = error if isinstance(error, RequestError) else InvalidRequestError(str(error))
-    headers = {}
-    if problem.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(problem.retry_after_s)))
-    if isinstance(problem, NotReadyError):
-        headers["connection"] = "close"  # the next attempt shall find a warm worker
-    if isinstance(problem, UnauthorizedError):
-        headers["www-authenticate"] = "Bearer"
-    return JSONResponse({"error": str(problem), "error_type": problem.kind}, problem.status, headers)
+    status, headers, body = error_reply(request.url.path, problem)
+    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
 
-async def no_route_reply(_: Request, error: Exception) -> JSONResponse:
+async def no_route_answer(request: Request, error: Exception) -> Response:
     """Answer an unknown path or method in the same shape."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - Starlette calls it for nothing else
-    return JSONResponse(
-        {"error": str(error.detail), "error_type": "validation"}, error.status_code, error.headers
-    )
+    status, headers = (error.status_code, error.headers) if isinstance(error, HTTPException) else (500, None)
+    body = error_body(request.url.path, status, HTTPStatus(status).phrase, "validation")
+    return Response(body, status, headers, media_type="application/json")
+
+
+# Counting
 
 
 class CountRequests:
@@ -179,14 +216,17 @@ class CountRequests:
 
     def __init__(self, app: ASGIApp, fastapi: FastAPI) -> None:
         """Wrap the app; `fastapi` says which slot this is."""
-        self._inner, self._fastapi = app, fastapi
+        self._inner, self._state = app, fastapi.state
+        self._paths = {getattr(route, "path", "") for route in fastapi.routes}
+        self._counters: dict[tuple[str, int], Counter] = {}
+        self._total: Histogram | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on, and note the status."""
         if scope["type"] != "http" or REHEARSAL in scope.get("state", ()):
             await self._inner(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), CLIENT_GONE
 
         async def note_status(message: Message) -> None:
             nonlocal status
@@ -196,8 +236,20 @@ class CountRequests:
 
         try:
             await self._inner(scope, receive, note_status)
+        except Exception:
+            status = 500
+            raise
         finally:
-            route = scope.get("route")
-            slot = f"s{self._fastapi.state.slot}"
-            REQUESTS.labels(slot, getattr(route, "path", UNKNOWN), str(status)).inc()
-            STAGE_SECONDS.labels(slot, "total").observe(time.perf_counter() - began)
+            self._count(scope["path"], status, time.perf_counter() - began)
+
+    def _count(self, path: str, status: int, seconds: float) -> None:
+        """Add to the two metrics; a child of them is looked up once, as that takes longer than adding."""
+        if path not in self._paths:
+            path = f"{MODEL_PATH}{{model}}" if path.startswith(MODEL_PATH) else UNKNOWN
+        counter = self._counters.get((path, status))
+        if counter is None or self._total is None:
+            slot = f"s{self._state.slot}"
+            counter = self._counters[path, status] = REQUESTS.labels(slot, path, str(status))
+            self._total = STAGE_SECONDS.labels(slot, "total")
+        counter.inc()
+        self._total.observe(seconds)

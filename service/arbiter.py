@@ -99,10 +99,11 @@ def make_fleet(server: Arbiter) -> None:
     """Make the table and the permits that all forks share."""
     settings = load()
     state = server.app.wsgi().state
-    devices = preflight.check(settings).devices
-    server.fleet = Fleet.make(settings, devices, server.num_workers, state.problem)
-    server.fleet.board.header.import_seconds = state.import_seconds
-    server.fleet.board.header.preload_seconds = state.preload_seconds
+    found = preflight.check(settings)
+    fleet = Fleet.make(settings, found.devices, server.num_workers, state.problem, found.gpu_nodes)
+    server.fleet = fleet
+    fleet.board.header.import_seconds = state.import_seconds
+    fleet.board.header.preload_seconds = state.preload_seconds
     server.exits = exits.ExitWatcher()
     server.log.error_log.addFilter(server.exits)
     LOG.info(
@@ -110,8 +111,11 @@ def make_fleet(server: Arbiter) -> None:
         state.import_seconds,
         state.preload_seconds,
         server.num_workers,
-        device.describe(devices, settings),
+        device.describe(found.devices, settings),
     )
+    LOG.info("CPU: %s", fleet.cpus.describe(fleet.threads))
+    if not fleet.cuda and (complaint := fleet.cpus.complaint(server.num_workers, fleet.threads)):
+        LOG.warning(complaint)
 
 
 def take_over(server: Arbiter) -> None:

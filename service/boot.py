@@ -19,7 +19,6 @@ from service.warmup import WarmupResult, warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from concurrent.futures import Executor
 
     from service.backends.base import Backend
     from service.fleet import Fleet
@@ -42,9 +41,9 @@ def boot(
     slot: int,
     backend: Backend,
     *,
-    model_thread: Executor,
     watchdog: Watchdog,
     device_lost: Callable[[str], None],
+    worn_out: Callable[[str], None],
 ) -> Engine:
     """Wait for the turn, load, warm, measure; return the engine of a warm model.
 
@@ -62,12 +61,12 @@ def boot(
             result = _warm(fleet, slot, backend)
         measure(fleet, slot, backend)
     return Engine(
-        backend=backend,
-        limits=_limits(settings, result.max_batch_tokens),
-        model_thread=model_thread,
-        observer=MetricsObserver(slot),
+        backend,
+        _limits(settings, result.max_batch_tokens),
+        observer=MetricsObserver(slot, board),
         watchdog=watchdog.forward,
         device_lost=device_lost,
+        worn_out=worn_out,
     )
 
 
@@ -102,7 +101,7 @@ def _load(fleet: Fleet, slot: int, backend: Backend) -> None:
     began = now()
     backend.load()
     loaded = now()
-    backend.place()
+    backend.place(threads=fleet.threads)
     fleet.board.note_stage(slot, Stage.LOAD, loaded - began)
     fleet.board.note_stage(slot, Stage.TO_DEVICE, now() - loaded)
 
@@ -176,10 +175,12 @@ def measure(fleet: Fleet, slot: int, backend: Backend) -> None:
 def _limits(settings: Settings, max_batch_tokens: int) -> Limits:
     return Limits(
         max_batch_tokens=max_batch_tokens,
+        max_batch_texts=settings.max_batch_requests,
         max_concurrent_texts=settings.max_concurrent_requests,
         max_client_batch_size=settings.max_client_batch_size,
         auto_truncate=settings.auto_truncate,
         forward_timeout_s=settings.forward_timeout,
+        request_timeout_s=settings.request_timeout,
     )
 
 

@@ -15,48 +15,58 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from service import __version__
 from service.lifecycle import State
 from service.memory import listen_queue_length
 from service.metrics import DIRECTORY, UNREADABLE, counter_files
 from service.scoreboard import now
+from service.te_metrics import te_families
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator, Mapping
 
     from prometheus_client.metrics_core import Metric
-    from prometheus_client.registry import Collector
 
     from service.fleet import Fleet
     from service.slots import SlotRecord
 
-    Families = Iterator[GaugeMetricFamily | CounterMetricFamily]
+    Found = Iterator[GaugeMetricFamily | CounterMetricFamily]
     Labels = tuple[str, ...]
     Samples = dict[Labels, float]
 
 
 def exposition(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -> bytes:
     """Return all metrics as text; reads some files, so call it off the event loop."""
+    families = [*counted(), *BoardCollector(fleet, listeners).collect()]
+    if fleet.settings.te_metrics:
+        families += te_families(families)
     registry = CollectorRegistry()
-    counters: Collector = CounterFiles()
-    registry.register(counters)
-    board: Collector = BoardCollector(fleet, listeners)
-    registry.register(board)
+    registry.register(Families(families))
     return generate_latest(registry)
 
 
-class CounterFiles:
-    """What every slot's workers counted. A file that a killed worker left damaged is left out, not fatal."""
+class Families(Collector):
+    """Metric families that were collected already."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        """Keep them."""
+        self._families = families
 
     def collect(self) -> list[Metric]:
-        """Return the sums over all files."""
-        files = [str(file) for file in counter_files(Path(os.environ[DIRECTORY]))]
-        try:
-            return list(MultiProcessCollector.merge(files))
-        except UNREADABLE:
-            return list(MultiProcessCollector.merge([file for file in files if _is_readable(file)]))
+        """Return them."""
+        return self._families
+
+
+def counted() -> list[Metric]:
+    """Return what every slot's workers counted, less any file that a killed worker left damaged."""
+    files = [str(file) for file in counter_files(Path(os.environ[DIRECTORY]))]
+    try:
+        return list(MultiProcessCollector.merge(files))
+    except UNREADABLE:
+        return list(MultiProcessCollector.merge([file for file in files if _is_readable(file)]))
 
 
 def _is_readable(file: str) -> bool:
@@ -75,15 +85,16 @@ class BoardCollector:
         self._fleet = fleet
         self._listeners = listeners
 
-    def collect(self) -> Families:
+    def collect(self) -> Found:
         """Yield every family."""
         records = self._fleet.board.records()
         yield from self._service(records)
         yield from _lives(records)
         yield from _boots(records)
+        yield from _batches(records)
         yield from _sizes(records)
 
-    def _service(self, records: list[SlotRecord]) -> Families:
+    def _service(self, records: list[SlotRecord]) -> Found:
         header = self._fleet.board.header
         readiness = self._fleet.readiness(records)
         yield _gauge("ready", "1 if /ready answers 200.", {(): int(readiness.ready)})
@@ -102,7 +113,7 @@ class BoardCollector:
         yield _gauge("build_info", "Versions; always 1.", {versions: 1}, ["version", "gunicorn", "python"])
 
 
-def _lives(records: list[SlotRecord]) -> Families:
+def _lives(records: list[SlotRecord]) -> Found:
     states: Samples = {(_name(r), state.label): int(r.state is state) for r in records for state in State}
     yield _gauge("worker_state", "1 for the state a slot is in.", states, ["slot", "state"])
     time = now()
@@ -120,7 +131,7 @@ def _lives(records: list[SlotRecord]) -> Families:
     yield _gauge("worker_device_info", "The device a slot is pinned to; always 1.", info, ["slot", "device"])
 
 
-def _boots(records: list[SlotRecord]) -> Families:
+def _boots(records: list[SlotRecord]) -> Found:
     boots: Samples = {(_name(r),): r.generation for r in records}
     yield _counter("worker_boots", "Workers started in a slot.", boots, ["slot"])
     restarts: Samples = {(_name(r),): max(0, r.generation - 1) for r in records}
@@ -147,11 +158,22 @@ def _boots(records: list[SlotRecord]) -> Families:
         passes,
         ["slot", "shape", "pass"],
     )
-    budget: Samples = {(_name(r),): r.max_batch_tokens for r in records if r.live and r.max_batch_tokens}
-    yield _gauge("worker_max_batch_tokens", "Tokens of one forward pass that had room.", budget, ["slot"])
 
 
-def _sizes(records: list[SlotRecord]) -> Families:
+def _batches(records: list[SlotRecord]) -> Found:
+    warm = [record for record in records if record.live and record.max_batch_tokens]
+    budget: Samples = {(_name(r),): r.max_batch_tokens for r in warm}
+    yield _gauge("worker_max_batch_tokens", "Tokens that a pass may have now.", budget, ["slot"])
+    declared: Samples = {(_name(r),): r.declared_batch_tokens for r in warm}
+    text = "Tokens that a pass may have when no pass ran out of memory."
+    yield _gauge("worker_declared_batch_tokens", text, declared, ["slot"])
+    texts: Samples = {(_name(r),): r.queued_texts for r in records}
+    yield _gauge("queue_texts", "Texts that wait for a pass, a tenth of a second old.", texts, ["slot"])
+    tokens: Samples = {(_name(r),): r.queued_tokens for r in records}
+    yield _gauge("queue_tokens", "Tokens that wait for a pass, a tenth of a second old.", tokens, ["slot"])
+
+
+def _sizes(records: list[SlotRecord]) -> Found:
     host: Samples = {}
     device: Samples = {}
     for r in records:

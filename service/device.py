@@ -13,12 +13,13 @@ import itertools
 import os
 from typing import TYPE_CHECKING, Final
 
-from service import gpus
+from service import cpus, gpus
 from service.errors import SettingsError
 from service.slots import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping, Sequence
+    from pathlib import Path
 
     from service.settings import Settings
 
@@ -37,7 +38,7 @@ UNLESS_SET: Final = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy and scipy start their BLAS threads at import
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # its thread pool does not survive a fork
+    "TOKENIZERS_PARALLELISM": "false",  # else each worker tokenises on every core (docs/decisions/0015)
 }
 
 DRIVER_SAYS: Final = ("the driver lists none", "no NVIDIA driver answers")
@@ -150,6 +151,14 @@ def resolve(name: str, token: str, listed: Sequence[str]) -> str:
         f"{name} names {token!r}, which fits {len(fits)} of the driver's GPUs ({', '.join(listed)}); "
         "write an index, or enough of a UUID to tell them apart"
     )
+
+
+def numa_nodes(tokens: Sequence[str], addresses: Mapping[str, str], root: Path = cpus.ROOT) -> dict[str, int]:
+    """Arbiter: return the NUMA node of each token, where it can be known; `addresses` are by UUID."""
+    listed = list(addresses)
+    found = {token: addresses.get(identity(token, listed), "") for token in tokens if listed}
+    nodes = {token: cpus.gpu_node(address, root) for token, address in found.items() if address}
+    return {token: node for token, node in nodes.items() if node is not None}
 
 
 def refuse_twice(name: str, tokens: Sequence[str], identities: Sequence[str]) -> None:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From texts to vectors: permit, tokenise, cut, forward on the one model thread. Worker.
+"""The journey of a request: permit, tokenise, wait for a batch, compute, reply. Worker, event loop.
 
-    embed ─ admit (else 429) ─ tokenise (tokeniser thread) ─ cut ─ collate, forward (model thread) ─ vectors
-
-One thread owns the model: load, warm-up and every forward pass run on it.
+run ── permit (else 429) ── tokenise ── queue ── batch, forward (service.inference) ── rows
 """
 
 from __future__ import annotations
@@ -11,32 +9,31 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from service.batching import cut
-from service.errors import (
-    DeviceLostError,
-    InferenceError,
-    InvalidRequestError,
-    NotReadyError,
-    OutOfMemoryError,
-    OverloadedError,
-    TooLargeError,
-)
-from service.logging import get
+from service.admission import Admission
+from service.backends.base import Cut
+from service.errors import DeadlineError, InvalidRequestError, OverloadedError
+from service.inference import BatchObserver, Inference
+from service.tickets import Entry, Ticket
+from service.token_budget import TokenBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Executor
+    from contextlib import AbstractContextManager
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from service.backends.base import Backend, Encoding
+    from service.backends.base import Backend, Encoding, Input, Token
 
-LOG = get()
+T = TypeVar("T")
+INLINE_CHARACTERS = 2_000
+"""Tokenised on the event loop: it takes less than the hop to a thread and back."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,43 @@ class Limits:
     """What a worker takes on.
 
     Attributes:
-        max_batch_tokens: tokens of one forward pass, padding included.
+        max_batch_tokens: tokens computed in one forward pass.
+        max_batch_texts: texts in one forward pass.
         max_concurrent_texts: texts admitted and not answered.
         max_client_batch_size: texts of one request.
         auto_truncate: whether too long texts are cut unless the request says otherwise.
         forward_timeout_s: seconds one forward pass may take.
+        request_timeout_s: seconds one request may take.
     """
 
     max_batch_tokens: int
+    max_batch_texts: int
     max_concurrent_texts: int
     max_client_batch_size: int
     auto_truncate: bool
     forward_timeout_s: float
+    request_timeout_s: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a request wants of the model.
+
+    Attributes:
+        inputs: texts, pairs or token ids; not empty.
+        truncate: cut inputs that are too long; None takes the setting.
+        from_left: cut at the beginning instead of the end.
+        prompt: put before each text.
+        token_vectors: a vector for each token instead of one for each text.
+        timeout_s: seconds, if the client wants to wait for less than `request_timeout`.
+    """
+
+    inputs: Sequence[Input]
+    truncate: bool | None = None
+    from_left: bool = False
+    prompt: str = ""
+    token_vectors: bool = False
+    timeout_s: float | None = None
 
 
 @dataclass
@@ -72,15 +94,28 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """Vectors, float32 of shape (texts, dimension), in the order of the texts, and where time went."""
+class Result:
+    """What the model gave.
 
-    vectors: NDArray[np.float32]
+    Attributes:
+        rows: one float32 array an input, in order: of shape (width,), or (tokens, hidden) for token vectors.
+        times: where time went.
+        tokens: of each input, specials included.
+    """
+
+    rows: list[NDArray[np.float32]]
     times: Times
-    tokens: int
+    tokens: list[int]
+
+    @property
+    def matrix(self) -> NDArray[np.float32]:
+        """Return the rows as one array of shape (inputs, width)."""
+        import numpy as np  # not at the top: numpy starts threads, and the arbiter imports this module
+
+        return np.stack(self.rows) if len(self.rows) > 1 else self.rows[0][None]
 
 
-class Observer:
+class Observer(BatchObserver):
     """Told what the engine does. Subclass and override; a method may be called often and must be cheap."""
 
     def embedded(self, texts: int, tokens: int, times: Times) -> None:
@@ -92,137 +127,190 @@ class Observer:
     def rejected(self, texts: int) -> None:
         """A request was refused because the worker is full."""
 
+    def dropped(self, reason: str, texts: int) -> None:
+        """A request ended before its rows were there: its client left, or its time was up."""
 
-@dataclass
+
 class Engine:
-    """One model copy behind an awaitable call.
+    """One model copy behind an awaitable call."""
 
-    Attributes:
-        backend: loaded, placed and warm.
-        model_thread: the one thread that may touch the model.
-        watchdog: guards a forward pass with a deadline; see service.watchdog.
-        device_lost: called when the device can no longer be used by this process.
-        texts: admitted and not answered.
-        requests: the same, counted in requests.
-        passes: requests on the model thread, 0 or 1; goes on when a request is cancelled.
-    """
+    def __init__(
+        self,
+        backend: Backend,
+        limits: Limits,
+        *,
+        observer: Observer | None = None,
+        watchdog: Callable[[float], AbstractContextManager[None]] = lambda _seconds: nullcontext(),
+        device_lost: Callable[[str], None] = lambda _message: None,
+        worn_out: Callable[[str], None] = lambda _message: None,
+    ) -> None:
+        """Serve a backend that is loaded, placed and warm; `start` it on the thread that owns the model.
 
-    backend: Backend
-    limits: Limits
-    model_thread: Executor
-    observer: Observer = field(default_factory=Observer)
-    watchdog: Callable[[float], AbstractContextManager[None]] = lambda _seconds: nullcontext()
-    device_lost: Callable[[str], None] = lambda _message: None
-    texts: int = 0
-    requests: int = 0
-    passes: int = 0
-    _seconds_per_text: float = 0.0
-    _tokenizer_thread: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-    )
+        Args:
+            backend: the model.
+            limits: what to take on.
+            observer: told what happens.
+            watchdog: guards a forward pass with a deadline; see service.watchdog.
+            device_lost: called once, when this process can compute no more; requests get 503 from then on.
+            worn_out: called when this process should make room for a fresh one, when convenient.
+        """
+        self.backend, self.limits = backend, limits
+        self._observer = observer or Observer()
+        self.admission = Admission(limits.max_concurrent_texts, limits.max_client_batch_size)
+        self.budget = TokenBudget(limits.max_batch_tokens, backend.max_tokens)
+        self.inference = Inference(
+            backend,
+            self.budget,
+            max_batch_texts=limits.max_batch_texts,
+            forward_timeout_s=limits.forward_timeout_s,
+            observer=self._observer,
+            watchdog=watchdog,
+            device_lost=device_lost,
+            worn_out=worn_out,
+            drained=self.admission.drained,
+        )
+        self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    def start(self, model_thread: Executor) -> None:
+        """Begin to compute, on the one thread that may touch the model; it is taken until `close`."""
+        model_thread.submit(self.inference.run)  # raises nothing: see there
+
+    def close(self) -> None:
+        """Let the threads end; what runs is not waited for."""
+        self.inference.close()
+        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def observer(self) -> Observer:
+        """Whoever is told what happens; may be exchanged, for what shall not be counted."""
+        return self._observer
+
+    @observer.setter
+    def observer(self, observer: Observer) -> None:
+        self._observer = self.inference.observer = observer
 
     @property
     def extra_load(self) -> int:
         """Texts admitted beyond one a request."""
-        return self.texts - self.requests
+        return self.admission.extra_load
 
-    async def embed(self, texts: Sequence[str], *, truncate: bool | None = None) -> Embedded:
-        """Compute the vectors of the texts.
-
-        Args:
-            texts: not empty.
-            truncate: cut texts that are too long; None takes the setting.
+    async def run(self, job: Job) -> Result:
+        """Compute the rows of a request.
 
         Raises:
             TooLargeError: more texts than one request may have, or than could ever be admitted.
             OverloadedError: no room now; says when to come back.
-            InvalidRequestError: a text is too long and may not be cut.
+            InvalidRequestError: an input is too long and may not be cut, or has an unknown token id.
+            DeadlineError: the time is up.
             InferenceError: the forward pass failed.
             NotReadyError: the device failed; another worker, or this one later, can serve.
         """
-        with self._admitted(len(texts)):
-            times = Times()
-            began = time.perf_counter()
-            encodings = await self._tokenize(
-                texts, self.limits.auto_truncate if truncate is None else truncate
-            )
-            queued = time.perf_counter()
-            times.tokenize = queued - began
-            loop = asyncio.get_running_loop()
-            vectors = await loop.run_in_executor(self.model_thread, self._forward, encodings, times, queued)
-            self._learn_rate(times.forward / len(texts))
-            result = Embedded(vectors, times, sum(map(len, encodings)))
-        self.observer.embedded(len(texts), result.tokens, times)
+        texts = len(job.inputs)
+        timeout_s = self.limits.request_timeout_s
+        if job.timeout_s is not None:
+            timeout_s = min(job.timeout_s, timeout_s)
+        try:
+            with self.admission.permit(texts):
+                async with asyncio.timeout(timeout_s):
+                    return await self._compute(job)
+        except OverloadedError:
+            self.observer.rejected(texts)
+            raise
+        except TimeoutError:
+            self.observer.dropped("deadline", texts)
+            msg = f"not done within {timeout_s:g} s; send less at once, or allow more (request_timeout)"
+            raise DeadlineError(msg) from None
+        except asyncio.CancelledError:
+            self.observer.dropped("abandoned", texts)
+            raise
+
+    async def tokens(self, texts: Sequence[str], *, specials: bool, prompt: str = "") -> list[list[Token]]:
+        """Return the tokens of each text."""
+        return await self._off_loop(partial(self.backend.tokens, texts, specials=specials, prompt=prompt))
+
+    async def decode(self, ids: Sequence[Sequence[int]], *, skip_specials: bool) -> list[str]:
+        """Return the text behind each list of token ids.
+
+        Raises:
+            InvalidRequestError: an id is not in the vocabulary.
+        """
+        self._check_ids(ids)
+        return await self._off_loop(partial(self.backend.decode, ids, skip_specials=skip_specials))
+
+    async def _compute(self, job: Job) -> Result:
+        began = time.perf_counter()
+        encodings = await self._tokenize(job)
+        queued = time.perf_counter()
+        ticket = await self._infer(encodings, job)
+        if ticket.error is not None:
+            raise ticket.error.with_traceback(None)  # requests that failed together share it
+        times = Times(queued - began, ticket.began - queued, ticket.ended - ticket.began)
+        result = Result(
+            [row for row in ticket.rows if row is not None], times, [len(encoding) for encoding in encodings]
+        )
+        self.observer.embedded(len(encodings), sum(result.tokens), times)
         return result
 
-    def close(self) -> None:
-        """Let the threads end; what runs is not waited for."""
-        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
-
-    @contextmanager
-    def _admitted(self, texts: int) -> Iterator[None]:
-        """Hold a permit for each text, or refuse in microseconds and without tokenising."""
-        limits = self.limits
-        if texts > limits.max_client_batch_size:
-            msg = f"{texts} texts in one request; at most {limits.max_client_batch_size} are taken, split it"
-            raise TooLargeError(msg)
-        if texts > limits.max_concurrent_texts:
-            msg = f"{texts} texts can never be admitted; at most {limits.max_concurrent_texts} are, split it"
-            raise TooLargeError(msg)
-        if self.texts + texts > limits.max_concurrent_texts:
-            self.observer.rejected(texts)
-            msg = f"{self.texts} texts are in work, of {limits.max_concurrent_texts} at most; try again later"
-            raise OverloadedError(msg, retry_after_s=self.texts * self._seconds_per_text)
-        self.texts += texts
-        self.requests += 1
-        try:
-            yield
-        finally:
-            self.texts -= texts
-            self.requests -= 1
-
-    async def _tokenize(self, texts: Sequence[str], truncate: bool) -> list[Encoding]:  # noqa: FBT001 - internal
-        loop = asyncio.get_running_loop()
-        encodings = await loop.run_in_executor(
-            self._tokenizer_thread, lambda: self.backend.tokenize(texts, truncate=truncate)
+    async def _tokenize(self, job: Job) -> list[Encoding]:
+        """Tokenise; a little on the event loop, much in the tokeniser thread, which needs no GIL."""
+        truncate = self.limits.auto_truncate if job.truncate is None else job.truncate
+        cut = Cut.REFUSE if not truncate else Cut.LEFT if job.from_left else Cut.RIGHT
+        self._check_ids(job.inputs)
+        tokenize = partial(self.backend.tokenize, job.inputs, cut=cut, prompt=job.prompt)
+        size = sum(
+            len(text) if isinstance(text, str) else sum(map(len, text)) if isinstance(text, tuple) else 0
+            for text in job.inputs
+        )
+        encodings = (
+            tokenize()
+            if size + len(job.prompt) * len(job.inputs) <= INLINE_CHARACTERS
+            else await self._off_loop(tokenize)
         )
         limit = self.backend.max_tokens
         for index, encoding in enumerate(encodings):
             if len(encoding) > limit:
-                msg = f"inputs.{index}: {len(encoding)} tokens; the limit is {limit}, cut it or set truncate"
+                msg = f"inputs.{index}: more tokens than the limit of {limit}; cut it, or set truncate"
                 raise InvalidRequestError(msg)
         return encodings
 
-    def _forward(self, encodings: list[Encoding], times: Times, queued: float) -> NDArray[np.float32]:
-        """Model thread: compute all batches of one request and put the rows back in order."""
-        import numpy as np  # not at the top: numpy starts threads, and the arbiter imports this module
+    def _check_ids(self, inputs: Sequence[Input | Sequence[int]]) -> None:
+        vocabulary = self.backend.vocabulary
+        for index, ids in enumerate(inputs):
+            if isinstance(ids, (str, tuple)):
+                continue
+            wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+            if wrong is not None:
+                msg = f"inputs.{index}: token id {wrong} is not in the vocabulary of {vocabulary}"
+                raise InvalidRequestError(msg)
 
-        began = time.perf_counter()
-        times.queue = began - queued
-        vectors = np.empty((len(encodings), self.backend.dimension), dtype=np.float32)
-        self.passes += 1
+    async def _infer(self, encodings: Sequence[Encoding], job: Job) -> Ticket:
+        """Queue the texts, and wait until the last of them is computed."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def notify(_: Ticket) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_finish, done)
+
+        ticket = Ticket(len(encodings), notify)
+        self.inference.put(
+            [
+                Entry(encoding, ticket, index, (job.token_vectors, encoding.prompt_tokens), job.token_vectors)
+                for index, encoding in enumerate(encodings)
+            ]
+        )
         try:
-            for indices in cut([len(encoding) for encoding in encodings], self.limits.max_batch_tokens):
-                with self.watchdog(self.limits.forward_timeout_s):
-                    batch = self.backend.collate([encodings[i] for i in indices])
-                    vectors[indices] = self.backend.forward(batch)
-        except OutOfMemoryError as error:
-            msg = f"no memory for this request on the device: {error}"
-            raise NotReadyError(msg, retry_after_s=1) from error
-        except DeviceLostError as error:
-            self.device_lost(str(error))
-            msg = f"the device failed: {error}"
-            raise NotReadyError(msg, retry_after_s=1) from error
-        except Exception as error:
-            LOG.exception("a forward pass failed")
-            msg = f"the model failed on this request: {type(error).__name__}: {error}"
-            raise InferenceError(msg) from error
-        finally:
-            self.passes -= 1
-        times.forward = time.perf_counter() - began
-        return vectors
+            await done
+        except asyncio.CancelledError:
+            ticket.abandoned = True  # what is being computed has nobody to go to
+            self.inference.discard(ticket)
+            raise
+        return ticket
 
-    def _learn_rate(self, seconds_per_text: float) -> None:
-        """Keep a moving average, from which `Retry-After` follows."""
-        known = self._seconds_per_text
-        self._seconds_per_text = seconds_per_text if not known else 0.9 * known + 0.1 * seconds_per_text
+    async def _off_loop(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, call)
+
+
+def _finish(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)

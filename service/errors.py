@@ -5,6 +5,7 @@ settings ── SettingsError ─────────────► exit 1 
 boot ────── ModelError, WarmupError ───► slot FAILED; respawn, or halt the arbiter with exit 3
 request ─── RequestError ──────────────► the HTTP status and error type on the class
 forward ─── OutOfMemoryError ──────────► this request only (503), or a smaller budget in warm-up
+            NonFiniteError ────────────► this text only (500), or the worker ends for a fresh one
             DeviceLostError ───────────► the worker ends for a fresh one
 """
 
@@ -48,6 +49,10 @@ class OutOfMemoryError(WarmfleetError):
 
 class DeviceLostError(WarmfleetError):
     """The device context is poisoned; only a fresh process can use the device again."""
+
+
+class NonFiniteError(WarmfleetError):
+    """The model gave NaN or infinity: for one text, or, if for any, because the device is broken."""
 
 
 class RequestError(WarmfleetError):
@@ -101,6 +106,27 @@ class NotReadyError(RequestError):
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     kind = "unhealthy"
+
+
+class DeadlineError(RequestError):
+    """The request took longer than `request_timeout`, or than its `X-Request-Timeout` header allowed."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    kind = "timeout"
+
+
+class WrongModelError(RequestError):
+    """The endpoint is for another type of model than the one that is served."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    kind = "validation"
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that is not served here (only with `check_model`)."""
+
+    status = HTTPStatus.NOT_FOUND
+    kind = "validation"
 
 
 class InferenceError(RequestError):

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.cpus import Cpus, available, threads_for
 from service.permits import Permits
 from service.readiness import Policy, Readiness, aggregate
 from service.scoreboard import Scoreboard, now
 from service.slots import CPU
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from service.settings import Settings
     from service.slots import SlotRecord
 
@@ -22,30 +24,49 @@ SPARE_SLOTS = 64
 
 @dataclass(frozen=True)
 class Fleet:
-    """Settings, table and permits of one service."""
+    """Settings, table, permits and CPUs of one service.
+
+    Attributes:
+        threads: compute threads of each worker on CPU.
+        gpu_nodes: the NUMA node of each device, where the machine says.
+    """
 
     settings: Settings
     board: Scoreboard
     devices: tuple[str, ...]
     problem: str
+    cpus: Cpus
+    threads: int
+    gpu_nodes: Mapping[str, int]
     load_permits: dict[str, Permits]
     roll_permit: Permits
     halt_permit: Permits
 
     @classmethod
-    def make(cls, settings: Settings, devices: tuple[str, ...], workers: int, problem: str = "") -> Fleet:
+    def make(
+        cls,
+        settings: Settings,
+        devices: tuple[str, ...],
+        workers: int,
+        problem: str = "",
+        gpu_nodes: Mapping[str, int] | None = None,
+    ) -> Fleet:
         """Arbiter: make everything that forks share; `problem` is why there is no model to load, if so."""
         board = Scoreboard(workers + SPARE_SLOTS)
         board.header.target = board.header.slots_used = workers
         board.header.started = now()
         for row in board.rows[:workers]:
             row.since = row.beat = board.header.started
+        cpus = available()
         return cls(
             settings=settings,
             board=board,
             devices=devices,
             problem=problem,
-            load_permits=_load_permits(settings, devices),
+            cpus=cpus,
+            threads=threads_for(workers, cpus.cores, settings.threads),
+            gpu_nodes=gpu_nodes or {},
+            load_permits=_load_permits(settings, devices, cpus.cores),
             roll_permit=Permits("roll", 1),
             halt_permit=Permits("halt", 1),
         )
@@ -54,6 +75,14 @@ class Fleet:
     def cuda(self) -> bool:
         """Whether workers are pinned to GPUs."""
         return self.devices != (CPU,)
+
+    def cpu_set(self, slot: int) -> frozenset[int] | None:
+        """Worker: return the CPUs to be bound to: near the slot's GPU, or a share of the nodes; None: all."""
+        workers = self.board.header.target
+        if self.cuda:
+            node = self.gpu_nodes.get(self.board.record(slot).device)
+            return self.cpus.near(node, workers)
+        return self.cpus.spread(slot, workers, self.threads)
 
     def latch(self) -> None:
         """Worker: remember that the quorum was reached; from then on only the floor counts."""
@@ -73,9 +102,9 @@ class Fleet:
         )
 
 
-def _load_permits(settings: Settings, devices: tuple[str, ...]) -> dict[str, Permits]:
+def _load_permits(settings: Settings, devices: tuple[str, ...], cores: int) -> dict[str, Permits]:
     """Return permits by device: one for each GPU, else one pool for all."""
     if settings.concurrent_loads or devices == (CPU,):
-        pool = Permits("load", settings.concurrent_loads or len(os.sched_getaffinity(0)))
+        pool = Permits("load", settings.concurrent_loads or cores)
         return dict.fromkeys(devices, pool)
     return {device: Permits(f"load-{device}", 1) for device in devices}

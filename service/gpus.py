@@ -12,19 +12,28 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from service import logging
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
 
 LOG = logging.get()
 CUDA_NO_DEVICE: Final = 100
 
 
-def list_gpus(timeout_s: float = 20.0) -> list[str] | None:
+def list_gpus(
+    timeout_s: float = 20.0, *, addresses: MutableMapping[str, str] | None = None
+) -> list[str] | None:
     """Arbiter: return the UUID of each GPU, or of each MIG instance of it; None if no driver answers.
 
     The child's answer is its output, never its exit status, which another waitpid may have taken.
+
+    Args:
+        timeout_s: how long the driver may take.
+        addresses: is given the PCI address of each by UUID, "" where it is unknown.
     """
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # with -P: find ourselves, and no other
     environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -41,22 +50,26 @@ def list_gpus(timeout_s: float = 20.0) -> list[str] | None:
         LOG.warning("no GPU list: the NVIDIA driver did not answer within %g s", timeout_s)
         return None
     try:
-        listed: list[str] | None = json.loads(child.stdout)
+        listed: dict[str, str] | None = json.loads(child.stdout)
     except ValueError:
         reason = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         LOG.warning("no GPU list: the child that asks the driver failed: %s", reason)
         return None
-    return listed
+    if listed and addresses is not None:
+        addresses.update(listed)
+    return None if listed is None else list(listed)
 
 
 def print_gpus() -> None:
     """Child: write as JSON what NVML lists, else what CUDA lists, else null."""
     listed = ask_nvml()
-    json.dump(ask_cuda() if listed is None else listed, sys.stdout)
+    if listed is None and (uuids := ask_cuda()) is not None:
+        listed = dict.fromkeys(uuids, "")
+    json.dump(listed, sys.stdout)
 
 
-def ask_nvml() -> list[str] | None:
-    """Child: return UUIDs by NVML, or None if it does not work here."""
+def ask_nvml() -> dict[str, str] | None:
+    """Child: return PCI addresses by UUID, by NVML, or None if it does not work here."""
     try:
         import pynvml
     except ImportError:
@@ -64,9 +77,22 @@ def ask_nvml() -> list[str] | None:
     try:
         pynvml.nvmlInit()
         gpus = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [pynvml.nvmlDeviceGetUUID(part) for gpu in gpus for part in parts(pynvml, gpu)]
+        return {
+            pynvml.nvmlDeviceGetUUID(part): address(pynvml, gpu)
+            for gpu in gpus
+            for part in parts(pynvml, gpu)
+        }
     except pynvml.NVMLError:
         return None
+
+
+def address(pynvml: Any, gpu: Any) -> str:  # noqa: ANN401 - pynvml has no types
+    """Child: return the PCI address of a GPU as the kernel writes it, or nothing."""
+    try:
+        pci = pynvml.nvmlDeviceGetPciInfo(gpu)
+    except pynvml.NVMLError:
+        return ""
+    return f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"
 
 
 def parts(pynvml: Any, gpu: Any) -> list[Any]:  # noqa: ANN401 - pynvml has no types

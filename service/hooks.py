@@ -8,7 +8,7 @@ import functools
 import resource
 from typing import TYPE_CHECKING, Any
 
-from service import arbiter, device, metrics
+from service import arbiter, cpus, device, metrics
 from service.boot import boot
 from service.lifecycle import State
 from service.logging import get, set_slot
@@ -74,6 +74,7 @@ def post_fork(server: Arbiter, worker: FleetWorker) -> None:
     set_slot(worker.slot)
     metrics.adopt(worker.slot)
     device.pin(board.record(worker.slot).device)
+    cpus.bind(server.fleet.cpu_set(worker.slot))
     board.rows[worker.slot].pid = worker.pid
     board.enter(worker.slot, State.PINNED, now())
 
@@ -84,9 +85,9 @@ def post_worker_init(worker: FleetWorker) -> None:
         worker.fleet,
         worker.slot,
         worker.wsgi.state.backend,
-        model_thread=worker.model_thread,
         watchdog=worker.watchdog,
         device_lost=worker.device_lost,
+        worn_out=worker.worn_out,
     )
 
 

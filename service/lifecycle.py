@@ -65,6 +65,7 @@ class Failure(StrEnum):
     DEADLINE = "deadline"
     FORWARD_TIMEOUT = "forward_timeout"
     DEVICE_LOST = "device_lost"
+    OUT_OF_MEMORY = "out_of_memory"
     KILLED = "killed"
     CRASHED = "crashed"
     EXITED = "exited"

@@ -25,7 +25,10 @@ from service.engine import Observer
 from service.errors import SettingsError
 
 if TYPE_CHECKING:
-    from service.engine import Times
+    from collections.abc import Iterator
+
+    from service.engine import Engine, Times
+    from service.scoreboard import Scoreboard
 
 REHEARSAL = "warmfleet.rehearsal"
 """Key in the state of the request that nobody sent and nobody counts; its value is the engine to ask."""
@@ -40,6 +43,8 @@ values.ValueClass = values.MultiProcessValue(process_identifier=lambda: _identit
 
 # From 0.5 ms (one short text on a GPU) to a minute (a full queue on a CPU), about 2 to 2.5 apart.
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+BATCH_TEXTS_BUCKETS = tuple(2**n for n in range(10))
+BATCH_TOKENS_BUCKETS = tuple(2**n for n in range(3, 17))
 
 REQUESTS = Counter(
     "warmfleet_requests",
@@ -57,6 +62,31 @@ STAGE_SECONDS = Histogram(
 TEXTS = Counter("warmfleet_texts", "Texts embedded.", ["slot"], registry=None)
 TOKENS = Counter("warmfleet_tokens", "Tokens embedded, padding not counted.", ["slot"], registry=None)
 REJECTED = Counter("warmfleet_rejected_texts", "Texts refused with 429.", ["slot"], registry=None)
+DROPPED = Counter(
+    "warmfleet_dropped_texts", "Texts admitted and given up, by reason.", ["slot", "reason"], registry=None
+)
+BATCH_TEXTS = Histogram(
+    "warmfleet_batch_texts", "Texts of a pass.", ["slot"], buckets=BATCH_TEXTS_BUCKETS, registry=None
+)
+BATCH_TOKENS = Histogram(
+    "warmfleet_batch_tokens",
+    "Tokens computed in a pass, padding included.",
+    ["slot"],
+    buckets=BATCH_TOKENS_BUCKETS,
+    registry=None,
+)
+BATCH_SECONDS = Histogram(
+    "warmfleet_batch_seconds",
+    "Seconds of a pass, from its launch until its rows are there.",
+    ["slot"],
+    buckets=SECONDS,
+    registry=None,
+)
+PADDING = Counter("warmfleet_padding_tokens", "Tokens computed that no text has.", ["slot"], registry=None)
+OUT_OF_MEMORY = Counter(
+    "warmfleet_out_of_memory", "Passes that the device had no room for.", ["slot"], registry=None
+)
+DROP_REASONS = ("abandoned", "deadline")
 
 
 def open_directory(configured: str | None) -> Path:
@@ -155,16 +185,29 @@ def _is_sound(file: Path) -> bool:
 
 
 class MetricsObserver(Observer):
-    """The engine's events as counters and histograms of one slot."""
+    """The engine's events as counters and histograms of one slot, and the budget on its scoreboard row.
 
-    def __init__(self, slot: int) -> None:
-        """Bind the slot's children once; the hot path only adds."""
+    Each event is written through to the slot's files: a scrape by any worker sees it at once, and a
+    worker that is killed takes none along. Children are bound once, so an event costs microseconds.
+    """
+
+    def __init__(self, slot: int, board: Scoreboard) -> None:
+        """Show the slot's series from the start; what warm-up found room for is the declared budget."""
         name = f"s{slot}"
+        self._name, self._row = name, board.rows[slot]
+        self._row.declared_batch_tokens = self._row.max_batch_tokens
         self._texts, self._tokens = TEXTS.labels(name), TOKENS.labels(name)
         self._rejected = REJECTED.labels(name)
         self._stages = {
             stage: STAGE_SECONDS.labels(name, stage) for stage in ("tokenize", "queue", "forward", "encode")
         }
+        self._batch_texts, self._batch_tokens = BATCH_TEXTS.labels(name), BATCH_TOKENS.labels(name)
+        self._batch_seconds, self._padding = BATCH_SECONDS.labels(name), PADDING.labels(name)
+        self._out_of_memory = OUT_OF_MEMORY.labels(name)
+        for reason in DROP_REASONS:
+            DROPPED.labels(name, reason)
+
+    # Event loop
 
     def embedded(self, texts: int, tokens: int, times: Times) -> None:
         """Count the texts and observe each stage."""
@@ -180,3 +223,34 @@ class MetricsObserver(Observer):
     def rejected(self, texts: int) -> None:
         """Count the refused texts."""
         self._rejected.inc(texts)
+
+    def dropped(self, reason: str, texts: int) -> None:
+        """Count the texts given up."""
+        DROPPED.labels(self._name, reason).inc(texts)
+
+    # Model thread
+
+    def batch(self, texts: int, tokens: int, computed: int, seconds: float) -> None:
+        """Observe the pass; its padding, if there was any, is what was computed beyond its tokens."""
+        self._batch_texts.observe(texts)
+        self._batch_tokens.observe(computed)
+        self._batch_seconds.observe(seconds)
+        if computed > tokens:
+            self._padding.inc(computed - tokens)
+
+    def out_of_memory(self, budget: int) -> None:
+        """Publish the budget; one that has grown tells of a recovery and not of a new event."""
+        if budget <= self._row.max_batch_tokens:
+            self._out_of_memory.inc()
+        self._row.max_batch_tokens = budget
+
+
+@contextlib.contextmanager
+def uncounted(engine: Engine) -> Iterator[None]:
+    """Count nothing of what an engine does meanwhile: a rehearsal is no traffic."""
+    observer = engine.observer
+    engine.observer = engine.inference.observer = Observer()
+    try:
+        yield
+    finally:
+        engine.observer = engine.inference.observer = observer

@@ -5,26 +5,38 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service import device, models
+from service import device, gpus, models, security
 from service.errors import SettingsError
 from service.slots import CPU
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from service.settings import Settings
+
+PACKAGES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
+"""What a backend imports beyond torch's stack: to run a graph, and to export it."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the checks found: tokens to pin workers to, and the model's folder if it is here already."""
+    """What the checks found: tokens to pin workers to, and the model's folder if it is here already.
+
+    Attributes:
+        gpu_nodes: the NUMA node of each token, where the machine says.
+    """
 
     devices: tuple[str, ...]
     folder: Path | None
+    gpu_nodes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def cuda(self) -> bool:
@@ -39,21 +51,39 @@ def check(settings: Settings) -> Preflight:
     Raises:
         SettingsError: the first thing that cannot work, in one sentence.
     """
+    security.read_keys(settings)
+    _check_packages(settings.backend)
     _check_free(settings.bind, settings.ops_bind)
     folder = None
     if settings.backend != "stub":
         folder = models.find(settings)
         if folder is not None:
             models.check_folder(folder)
-    devices = device.discover(settings, os.environ)
-    found = Preflight(devices, folder)
+    addresses: dict[str, str] = {}
+    list_gpus = partial(gpus.list_gpus, addresses=addresses)
+    devices = device.discover(settings, os.environ, list_gpus=list_gpus)
+    found = Preflight(devices, folder, device.numa_nodes(devices, addresses))
     if not found.cuda and settings.dtype in ("float16", "bfloat16"):
         msg = f"no GPU is visible, and dtype {settings.dtype} on CPU is about 100 times slower; use auto"
         raise SettingsError(msg)
     if found.cuda and settings.preload == "weights":
         msg = "preload weights works on CPU only (a fork cannot take CUDA memory along); use imports or auto"
         raise SettingsError(msg)
+    if found.cuda and settings.backend in PACKAGES:
+        msg = f"backend {settings.backend} computes on the CPU only, but a GPU is visible; set device to cpu"
+        raise SettingsError(msg)
     return found
+
+
+def _check_packages(backend: str) -> None:
+    """Refuse a backend whose packages are not installed; none is imported."""
+    missing = [package for package in PACKAGES.get(backend, ()) if find_spec(package) is None]
+    if missing:
+        msg = (
+            f"backend {backend} needs {' and '.join(missing)}, not installed for {sys.executable}; "
+            f"run `pip install 'warmfleet[{backend}]'` there"
+        )
+        raise SettingsError(msg)
 
 
 def _check_free(*binds: str) -> None:

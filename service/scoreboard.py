@@ -81,7 +81,10 @@ class Row(ctypes.Structure):
         ("doing", ctypes.c_char * 128),
         ("error", ctypes.c_char * ERROR_BYTES),
         ("error_state", ctypes.c_int64),
-        ("max_batch_tokens", ctypes.c_int64),
+        ("max_batch_tokens", ctypes.c_int64),  # lower than declared after an out-of-memory
+        ("declared_batch_tokens", ctypes.c_int64),
+        ("queued_texts", ctypes.c_int64),
+        ("queued_tokens", ctypes.c_int64),
         ("stage_s", ctypes.c_double * len(STAGES)),
         ("n_shapes", ctypes.c_int64),
         ("shapes", Shape * MAX_SHAPES),
@@ -147,7 +150,8 @@ class Scoreboard:
         by which its next worker knows that it is warm.
         """
         row = self.rows[slot]
-        row.pid = row.load = row.in_flight = row.exit_reason = row.max_batch_tokens = 0
+        row.pid = row.load = row.in_flight = row.exit_reason = 0
+        row.max_batch_tokens = row.declared_batch_tokens = row.queued_texts = row.queued_tokens = 0
         row.mean_load = row.ready_at = row.deadline = row.progress = 0.0
         row.doing = b""
         row.stage_s = type(row.stage_s)()
@@ -197,6 +201,9 @@ class Scoreboard:
             error=_text(row.error),
             error_state=State(row.error_state).label if row.error else "",
             max_batch_tokens=row.max_batch_tokens,
+            declared_batch_tokens=row.declared_batch_tokens,
+            queued_texts=row.queued_texts,
+            queued_tokens=row.queued_tokens,
             failures_by_reason={reason.value: row.by_reason[i] for i, reason in enumerate(FAILURES)},
             stage_seconds={stage.value: row.stage_s[i] for i, stage in enumerate(STAGES) if row.stage_s[i]},
             shapes=tuple(self._shapes(row)),

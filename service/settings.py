@@ -63,10 +63,17 @@ class Settings(BaseSettings):
     revision: str | None = setting(
         "revision", None, "Branch, tag or commit of a hub model; a commit makes boots repeatable.", "REVISION"
     )
-    backend: Literal["torch", "stub"] = setting(
+    backend: Literal["torch", "onnx", "openvino", "stub"] = setting(
         "backend",
         "torch",
-        "What computes: `torch`, or `stub` (no model; deterministic vectors, scripted faults).",
+        "What computes: `torch`; on a CPU also `onnx` or `openvino` (extras of those names), for which the "
+        "model is exported once; or `stub` (no model; deterministic vectors, scripted faults).",
+    )
+    export_cache: str | None = setting(
+        "export_cache",
+        None,
+        "Folder of the graphs exported for `onnx` and `openvino`, shared by all workers and kept for later "
+        "boots. Default: `warmfleet/exported` in XDG_CACHE_HOME, else in `~/.cache`.",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = setting(
         "dtype",
@@ -74,6 +81,25 @@ class Settings(BaseSettings):
         "Precision of the weights. `auto`: float32 on CPU; on CUDA bfloat16 where the device has it, "
         "else float16. Half precision on CPU is refused (about 100 times slower).",
         "DTYPE",
+    )
+    packing: Literal["auto", "on", "off"] = setting(
+        "packing",
+        "auto",
+        "Compute batches without padding. `auto`: where the model allows it and a self-test at boot gives the "
+        "same vectors; `on`: else fail; `off`: never. `/info` says what is used.",
+    )
+    compile: Literal["on", "off"] = setting(
+        "compile",
+        "off",
+        "`on`: run the model through torch.compile; the first boot takes minutes, later ones share its cache "
+        "(`compile_cache`).",
+    )
+    compile_cache: str | None = setting(
+        "compile_cache",
+        None,
+        "Folder of compiled kernels, shared by all workers and kept for later boots; whoever can write there "
+        "can run code here. Default: `warmfleet/compiled` in XDG_CACHE_HOME, else in `~/.cache`.",
+        "TORCHINDUCTOR_CACHE_DIR",
     )
     trust_remote_code: bool = setting(
         "trust_remote_code",
@@ -104,10 +130,10 @@ class Settings(BaseSettings):
         "GPUs to use, comma separated: indices, `GPU-…` or `MIG-…` UUIDs. Default: the tokens of "
         "CUDA_VISIBLE_DEVICES, else every GPU the driver lists.",
     )
-    threads: int = setting(
+    threads: int | None = setting(
         "threads",
-        1,
-        "Compute threads of each worker on CPU. More than one collapses beside any busy neighbour.",
+        None,
+        "Compute threads of each worker on CPU. Default: one, as more collapse beside any busy neighbour.",
         ge=1,
         le=256,
     )
@@ -203,6 +229,9 @@ class Settings(BaseSettings):
         "MAX_BATCH_TOKENS",
         ge=8,
     )
+    max_batch_requests: int = setting(
+        "max_batch_requests", 512, "Texts in one forward pass.", "MAX_BATCH_REQUESTS", ge=1
+    )
     max_concurrent_requests: int = setting(
         "max_concurrent_requests",
         512,
@@ -219,11 +248,42 @@ class Settings(BaseSettings):
     auto_truncate: bool = setting(
         "auto_truncate", True, "Cut texts that are too long instead of answering 422.", "AUTO_TRUNCATE"
     )
+    request_timeout: float = setting(
+        "request_timeout",
+        60.0,
+        "Seconds a request may take, then 504; the header `X-Request-Timeout` may ask for less.",
+        gt=0,
+    )
+
+    # Clients
     api_key: SecretStr | None = setting(
         "api_key",
         None,
-        "If set, the API wants `Authorization: Bearer <key>`; probes and metrics do not.",
+        "If set, the API wants `Authorization: Bearer <key>`; several keys with commas between. Probes and "
+        "metrics want none.",
         "API_KEY",
+    )
+    api_key_file: str | None = setting(
+        "api_key_file",
+        None,
+        "File of further keys, one a line, `#` before a comment; read at start.",
+    )
+    served_model_name: Csv = setting(
+        "served_model_name",
+        (),
+        "Names of the model in OpenAI's API, comma separated, the first in replies. Default: `model_id`.",
+        "SERVED_MODEL_NAME",
+    )
+    check_model: bool = setting(
+        "check_model",
+        default=False,
+        description="Answer 404 to requests of OpenAI's API that name another model; off: it is ignored.",
+    )
+    cors_origins: Csv = setting(
+        "cors_origins",
+        (),
+        "Origins whose pages may call the API from a browser, comma separated, `*` for all. Default: none.",
+        "CORS_ALLOW_ORIGIN",
     )
 
     # Life
@@ -262,6 +322,12 @@ class Settings(BaseSettings):
         "Folder for the counters that the workers share; counters of an earlier run are removed at start. "
         "Default: a fresh one in /dev/shm.",
     )
+    te_metrics: bool = setting(
+        "te_metrics",
+        False,
+        "Show the metrics under text-embeddings-inference's names (`te_*`) too, for dashboards and "
+        "autoscalers made for it.",
+    )
 
     # Stub backend
     stub_load_ms: float = setting("stub_load_ms", 0.0, "Stub backend: milliseconds of a load.", ge=0)
@@ -270,7 +336,7 @@ class Settings(BaseSettings):
     )
     stub_scenario: str | None = setting("stub_scenario", None, "Stub backend: TOML file of scripted faults.")
 
-    @field_validator("devices", "warmup_shapes", mode="before")
+    @field_validator("devices", "warmup_shapes", "served_model_name", "cors_origins", mode="before")
     @classmethod
     def split_commas(cls, value: object) -> object:
         """Take `a, b` for ("a", "b")."""
@@ -321,6 +387,8 @@ class Settings(BaseSettings):
         if self.device == "cuda" and self.preload == "weights":
             msg = "preload weights works on CPU only (a fork takes no CUDA memory along); use imports or auto"
             raise ValueError(msg)
+        if self.backend in ("onnx", "openvino"):
+            self._check_exported()
         if self.drain_grace >= self.graceful_timeout:
             msg = f"drain_grace {self.drain_grace} must be below graceful_timeout {self.graceful_timeout}"
             raise ValueError(msg)
@@ -330,6 +398,18 @@ class Settings(BaseSettings):
                 msg = f"{name} {value} can never be reached with {self.workers} workers; lower it or add some"
                 raise ValueError(msg)
         return self
+
+    def _check_exported(self) -> None:
+        """Refuse what an exported graph cannot do."""
+        if self.device == "cuda":
+            msg = f"backend {self.backend} computes on the CPU only; set device to cpu, or backend to torch"
+            raise ValueError(msg)
+        if self.packing == "on":
+            msg = f"backend {self.backend} computes padded batches; set packing to auto, or backend to torch"
+            raise ValueError(msg)
+        if self.compile == "on":
+            msg = f"compile is for backend torch, not {self.backend}; set one of the two to its default"
+            raise ValueError(msg)
 
 
 def variables(name: str) -> tuple[str, ...]:

@@ -57,6 +57,9 @@ class SlotRecord:
     error: str = ""
     error_state: str = ""
     max_batch_tokens: int = 0
+    declared_batch_tokens: int = 0
+    queued_texts: int = 0
+    queued_tokens: int = 0
     failures_by_reason: dict[str, int] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     shapes: tuple[ShapeTimes, ...] = ()

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from service.backends.base import PROBE_WORD
+from service.backends.base import PROBE_WORD, Cut, Kind, forward
 from service.errors import OutOfMemoryError, WarmupError
 from service.slots import ShapeTimes
 
@@ -146,7 +146,7 @@ def _warm_shapes(backend: Backend, plan: Sequence[tuple[int, int]], rules: _Rule
         while not converged and len(seconds) < rules.max_rounds:
             rules.report(number / len(plan), f"batch {texts}x{tokens}, round {len(seconds) + 1}")
             began = rules.clock()
-            vectors = backend.forward(backend.collate(backend.tokenize(batch, truncate=True)))
+            vectors = forward(backend, backend.collate(backend.tokenize(batch, cut=Cut.RIGHT)))
             seconds.append(rules.clock() - began)
             first = vectors if first is None else first
             check(vectors, texts, backend, first)

@@ -83,6 +83,7 @@ class FleetWorker(UvicornWorker):
         """Live: listeners, boot, traffic, drain."""
         self._loop = asyncio.get_running_loop()
         self._leave = asyncio.Event()
+        self._is_worn_out = False
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.watchdog = Watchdog(self.fleet.board.rows[self.slot])
         await self._open_listeners()
@@ -134,6 +135,7 @@ class FleetWorker(UvicornWorker):
             await failing.park()
         try:
             await self._loop.run_in_executor(self.model_thread, self._boot_hook, self)
+            self.engine.start(self.model_thread)
             with self.watchdog.stage(self.fleet.settings.warmup_timeout):
                 await rehearse(self.wsgi, self.engine)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the model's code raises
@@ -173,6 +175,7 @@ class FleetWorker(UvicornWorker):
             if row.state in (State.READY, State.DRAINING):
                 self.watchdog.tick(time, self.fleet.settings.forward_timeout)
                 header.last_ready = time  # also while draining: a successor is to have all of cold_hold
+                row.queued_texts, row.queued_tokens = self.engine.inference.queued
             if row.state == State.READY:
                 if not header.was_ready:
                     self.fleet.latch()
@@ -189,16 +192,18 @@ class FleetWorker(UvicornWorker):
             await asyncio.sleep(BEAT_S)
 
     def _roll_if_asked(self) -> None:
-        """Leave, one worker at a time, if a newer epoch was declared and the others can do without us."""
+        """Leave, one worker at a time, if a fresh process is to follow and the others can do without us."""
         fleet, board = self.fleet, self.fleet.board
-        if board.rows[self.slot].epoch >= board.header.roll_epoch or self._leave.is_set():
+        outdated = board.rows[self.slot].epoch < board.header.roll_epoch
+        if not (outdated or self._is_worn_out) or self._leave.is_set():
             return
         target, floor = board.header.target, fleet.settings.ready_floor
         can_leave = partial(may_leave, me=self.slot, target=target, floor=floor)
         if not can_leave(board.records()) or fleet.roll_permit.try_acquire() is None:
             return
         if can_leave(board.records()):  # the permit's last holder may have left a moment ago
-            LOG.info("rolling to epoch %d", board.header.roll_epoch)
+            why = f"rolling to epoch {board.header.roll_epoch}" if outdated else "worn out: leaving for a fresh one"
+            LOG.info("%s", why)
             self._leave.set()
         else:
             fleet.roll_permit.release(0)
@@ -217,6 +222,11 @@ class FleetWorker(UvicornWorker):
         self.fleet.board.fail(self.slot, Failure.DEVICE_LOST, message)
         self._loop.call_soon_threadsafe(self._leave.set)
 
+    def worn_out(self, message: str) -> None:
+        """Model thread: a fresh process would do better; leave when the others can do without us."""
+        self.fleet.board.fail(self.slot, Failure.OUT_OF_MEMORY, message)
+        self._is_worn_out = True
+
     # Leaving
 
     async def _drain(self) -> None:
@@ -233,7 +243,7 @@ class FleetWorker(UvicornWorker):
         for server in (main, self._ops):
             server.should_exit = True
             await self._tasks[server]
-        if main.server_state.tasks or self.engine.passes:
+        if main.server_state.tasks or self.engine.inference.under_way:
             LOG.error("not all requests were finished in time")
             self._exit(1)
 

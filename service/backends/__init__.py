@@ -24,6 +24,14 @@ def create(settings: Settings, folder: Path | None, *, cuda: bool) -> Backend:
         from service.backends.stub import StubBackend
 
         return StubBackend(settings)
+    if settings.backend in ("onnx", "openvino"):
+        from service.backends.exported import ExportedBackend
+
+        return ExportedBackend(settings, folder, cuda=cuda)
+    if settings.compile == "on":
+        from service.backends.compiling import CompiledBackend
+
+        return CompiledBackend(settings, folder, cuda=cuda)
     from service.backends.sentence_transformers import TorchBackend
 
     return TorchBackend(settings, folder, cuda=cuda)

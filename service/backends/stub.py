@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import signal
 import time
 import tomllib
@@ -29,17 +30,19 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from service.backends.base import PROBE_WORD, Batch, DeviceMemory, Encoding
+from service.backends.base import PROBE_WORD, Batch, Cut, DeviceMemory, Done, Encoding, Input, Kind, Token
 from service.errors import ModelError, OutOfMemoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from service.settings import Settings
 
 FOR_EVER_S = 3600.0
+FIRST = 2
+"""Ids below are the special tokens."""
 HASHED = 251
 """Words become ids below this, so that token lists stay small."""
 
@@ -85,6 +88,7 @@ class StubBatch:
     """Encodings, and what they would cost padded."""
 
     encodings: tuple[Encoding, ...]
+    token_vectors: bool = False
 
     @property
     def texts(self) -> int:
@@ -93,13 +97,13 @@ class StubBatch:
 
     @property
     def tokens(self) -> int:
-        """Texts times the longest."""
-        return len(self.encodings) * max(map(len, self.encodings))
+        """The sum of the texts: the stub pads nothing."""
+        return sum(map(len, self.encodings))
 
     @property
     def is_probe(self) -> bool:
         """Whether the texts are warm-up's own."""
-        return {word for encoding in self.encodings for word in encoding[1:-1]} <= {_word_id(PROBE_WORD)}
+        return {word for encoding in self.encodings for word in encoding.ids[1:-1]} <= {_word_id(PROBE_WORD)}
 
 
 class StubBackend:
@@ -109,7 +113,11 @@ class StubBackend:
 
     def __init__(self, settings: Settings) -> None:
         """Prepare; nothing is slow."""
-        self.max_tokens, self.dimension, self.normalized, self.dtype = 256, 32, True, "float32"
+        self.kind, self.max_tokens, self.dimension, self.vocabulary = Kind.EMBEDDING, 256, 32, FIRST + HASHED
+        self.normalized, self.padded, self.dtype, self.packing = True, False, "float32", "stub"
+        self.prompts: Mapping[str, str] = {"query": "query: "}
+        self.default_prompt = ""
+        self.labels: Sequence[str] = ()
         self._settings = settings
         self._slot, self._generation = 0, 1
         self._faults: tuple[Fault, ...] = ()
@@ -124,28 +132,54 @@ class StubBackend:
         self._strike("load")
         time.sleep(self._settings.stub_load_ms / 1e3)
 
-    def place(self) -> None:
+    def place(self, *, threads: int) -> None:
         """Nothing to move."""
 
-    def tokenize(self, texts: Sequence[str], *, truncate: bool) -> list[Encoding]:
+    def tokenize(self, inputs: Sequence[Input], *, cut: Cut, prompt: str = "") -> list[Encoding]:
         """One id a word, between two specials."""
-        limit = self.max_tokens - 2 if truncate else None
-        return [[0, *(_word_id(word) for word in text.split()[:limit]), 1] for text in texts]
+        room = self.max_tokens - 2
+        encodings = []
+        for item in inputs:
+            words = list(item) if isinstance(item, list) else self._words(prompt, item)
+            if cut is not Cut.REFUSE:
+                words = words[:room] if cut is Cut.RIGHT else words[-room:]
+            encodings.append(Encoding([0, *words, 1]))
+        return encodings
 
-    def collate(self, encodings: Sequence[Encoding]) -> StubBatch:
+    def tokens(self, texts: Sequence[str], *, specials: bool, prompt: str = "") -> list[list[Token]]:
+        """Return the words with their places."""
+        first, last = [Token(0, "[", True, 0, 0)], [Token(1, "]", True, 0, 0)]
+        return [
+            (first if specials else [])
+            + [
+                Token(_word_id(m.group()), m.group(), False, m.start(), m.end())
+                for m in re.finditer(r"\S+", prompt + text)
+            ]
+            + (last if specials else [])
+            for text in texts
+        ]
+
+    def decode(self, ids: Sequence[Sequence[int]], *, skip_specials: bool) -> list[str]:
+        """Return the ids as words: what they stood for is lost."""
+        return [" ".join(f"w{i}" for i in row if not (skip_specials and i < FIRST)) for row in ids]
+
+    def collate(self, encodings: Sequence[Encoding], *, token_vectors: bool = False) -> StubBatch:
         """Keep the encodings."""
-        return StubBatch(tuple(encodings))
+        return StubBatch(tuple(encodings), token_vectors)
 
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
-        """Take `stub_forward_ms` and return a vector a text."""
+    def launch(self, batch: Batch) -> Done:
+        """Take `stub_forward_ms` and return a vector a text, or a token."""
         if not isinstance(batch, StubBatch):
             msg = f"not a batch of this backend: {type(batch).__name__}"
             raise TypeError(msg)
         wrong = self._strike("warm" if batch.is_probe else "forward", batch)
         if self._settings.stub_forward_ms:  # even a sleep of nothing costs more than all the rest
             time.sleep(self._settings.stub_forward_ms / 1e3)
-        vectors = np.stack([self._vector(encoding) for encoding in batch.encodings])
-        return vectors * np.float32("nan") if wrong else vectors
+        encodings: Iterable[Encoding] = batch.encodings
+        if batch.token_vectors:
+            encodings = [Encoding([token]) for encoding in encodings for token in encoding.ids]
+        vectors = np.stack([self._vector(encoding) for encoding in encodings])
+        return Done(vectors * np.float32("nan") if wrong else vectors)
 
     def memory(self) -> DeviceMemory | None:
         """Return nothing: there is no device."""
@@ -154,9 +188,14 @@ class StubBackend:
         """Nothing to give back."""
 
     def _vector(self, encoding: Encoding) -> NDArray[np.float32]:
-        seed = hashlib.blake2b(bytes(i % 256 for i in encoding), digest_size=8).digest()
+        seed = hashlib.blake2b(bytes(i % 256 for i in encoding.ids), digest_size=8).digest()
         vector = np.random.default_rng(int.from_bytes(seed)).standard_normal(self.dimension, dtype=np.float32)
         return vector / np.linalg.norm(vector)
+
+    @staticmethod
+    def _words(prompt: str, item: str | tuple[str, str]) -> list[int]:
+        text = item if isinstance(item, str) else " ".join(item)
+        return [_word_id(word) for word in (prompt + text).split()]
 
     def _strike(self, stage: str, batch: StubBatch | None = None) -> bool:
         """Run the faults that are due here; say whether the outputs shall be wrong."""
@@ -169,7 +208,7 @@ class StubBackend:
             if (
                 batch is not None
                 and fault.text
-                and all(_word_id(fault.text) not in encoding for encoding in batch.encodings)
+                and all(_word_id(fault.text) not in encoding.ids for encoding in batch.encodings)
             ):
                 continue
             if batch is not None and fault.max_tokens and batch.tokens <= fault.max_tokens:
@@ -181,7 +220,8 @@ class StubBackend:
 
 def _word_id(word: str) -> int:
     return (
-        2 + int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=2).digest()) % HASHED
+        FIRST
+        + int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=2).digest()) % HASHED
     )
 
 

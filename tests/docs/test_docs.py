@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from prometheus_client.metrics import MetricWrapperBase
 
-from service import app, cli, errors, lifecycle, metrics, ops, settings
+from service import app, cli, dialects, errors, lifecycle, metrics, ops, settings
 from service.collector import BoardCollector
 from service.fleet import Fleet
 from service.lifecycle import Failure, State
@@ -182,6 +182,14 @@ def test_error_table_is_generated() -> None:
     assert block(page("api.md"), "errors") == error_table()
 
 
+def test_table_of_openais_errors_is_generated() -> None:
+    """docs/api.md shows OpenAI's type and code for each status, to the letter."""
+    rows = ["| status | type | code |", "|---|---|---|"]
+    for status, (kind, code) in dialects.OPENAI_TYPES.items():
+        rows.append(f"| {status} | `{kind}` | {f'`{code}`' if code else ''} |")
+    assert block(page("api.md"), "openai errors") == "\n".join(rows)
+
+
 def routes(found: Iterable[BaseRoute]) -> set[str]:
     """Return `METHOD /path` of each route; HEAD comes with GET."""
     methods = {f"{m} {getattr(route, 'path', '')}" for route in found for m in getattr(route, "methods", ())}
@@ -289,8 +297,8 @@ def test_console_script_is_the_command_line() -> None:
 
 
 def test_decisions_are_numbered_without_a_gap() -> None:
-    """There is one page for each decision from 0001 to 0014."""
-    assert [path.name[:5] for path in DECISIONS] == [f"{number:04}-" for number in range(1, 15)]
+    """There is one page for each decision from 0001 to 0017."""
+    assert [path.name[:5] for path in DECISIONS] == [f"{number:04}-" for number in range(1, 18)]
 
 
 @pytest.mark.parametrize("path", DECISIONS, ids=lambda path: path.name)

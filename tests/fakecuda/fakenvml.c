@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Fake libnvidia-ml.so.1: enough of NVML for counting GPUs and MIG instances and reading UUIDs.
+ * Fake libnvidia-ml.so.1: enough of NVML for counting GPUs and MIG instances and reading UUIDs
+ * and PCI addresses.
  * The variables that steer it are in README.md.
  */
 #include <fcntl.h>
@@ -58,6 +59,21 @@ int nvmlDeviceGetUUID(void *device, char *uuid, unsigned length) {
     long handle = (long)device;
     if (handle > MIG) snprintf(uuid, length, "MIG-%08lx-1111-2222-3333-444444444444", handle - MIG);
     else snprintf(uuid, length, "GPU-%08lx-1111-2222-3333-444444444444", handle);
+    return SUCCESS;
+}
+
+/* Handle n has the address 0000:n0:00.0; a MIG instance has none of its own. */
+typedef struct {
+    char legacy[16];
+    unsigned domain, bus, device, device_id, subsystem_id;
+    char id[32];
+} pci_info;
+
+int nvmlDeviceGetPciInfo_v3(void *device, pci_info *pci) {
+    long handle = (long)device;
+    if (handle > MIG) return NOT_SUPPORTED;
+    *pci = (pci_info){.bus = (unsigned)(16 * handle)};
+    snprintf(pci->id, sizeof pci->id, "00000000:%02X:00.0", pci->bus);
     return SUCCESS;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import re
 import shutil
 import socket
@@ -19,6 +20,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGTERM
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 from harness import DEADLINE_S, ROOT, Service, assert_invariants, new_client, until
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,9 +30,13 @@ from service import metrics as service_metrics
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+DOCS = ROOT / "docs" / "metrics.md"
 SHARED = Path("/dev/shm")  # noqa: S108 - where the service keeps its folder
 FOLDER = re.compile(r"/\S+/warmfleet-metrics-[^/\s]+")
 REQUESTS = "warmfleet_requests_total"
+TEXTS, TOKENS = "warmfleet_texts_total", "warmfleet_tokens_total"
+BATCH_TEXTS, BATCH_TOKENS = "warmfleet_batch_texts", "warmfleet_batch_tokens"
+STAGE_COUNT = "warmfleet_request_stage_seconds_count"
 BOOTS, FAILURES, RESTARTS = (f"warmfleet_worker_{name}_total" for name in ("boots", "failures", "restarts"))
 # Not the base units of https://prometheus.io/docs/practices/naming/: those are seconds, bytes and ratios.
 OTHER_UNIT = re.compile(
@@ -41,21 +47,48 @@ OTHER_UNIT = re.compile(
 # The text
 
 
-def test_promtool_has_nothing_to_say(need: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def promtool(need: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Find promtool, also where .ci/run puts it."""
+    monkeypatch.setenv("PATH", f"{ROOT}/.cache/tools:{os.environ['PATH']}")
+    return need("promtool")
+
+
+@pytest.mark.parametrize("te_metrics", [False, True], ids=["our names", "te_ too"])
+def test_promtool_has_nothing_to_say(promtool: str, *, te_metrics: bool) -> None:
     """`promtool check metrics` passes on a scrape of a service that has served, refused, failed and died."""
-    monkeypatch.setenv("PATH", f"{ROOT}/.cache/tools:{os.environ['PATH']}")  # where .ci/run puts it
-    promtool = need("promtool")
-    with Service(workers=2, stub_scenario="fail_load_once", max_concurrent_requests=4) as service:
+    settings = {"stub_scenario": "fail_load_once", "max_concurrent_requests": 4, "te_metrics": te_metrics}
+    with Service(workers=2, **settings) as service:
         service.wait_ready()
         service.embed()
         service.embed(["too many"] * 5)
         service.kill(0, SIGKILL)
         service.wait_state(0, "ready", 3)
         text = service.get("/metrics").text
+        assert ("\nte_request_count{" in text) == te_metrics
         done = subprocess.run(
             [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_documented_queries_and_alerts_are_promql(promtool: str, tmp_path: Path) -> None:
+    """Prometheus can parse each alert, each query of the tables, and each of those that matter."""
+    text = DOCS.read_text(encoding="utf-8")
+    queries = re.findall(r"^\| `warmfleet_\w+` .*\| `([^`]+)` \|$", text, re.MULTILINE)
+    (block,) = re.findall(r"^```promql\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for paragraph in block.split("\n\n"):
+        lines = [line for line in paragraph.splitlines() if not line.startswith("#")]
+        queries += "\n".join(lines).replace("\n  ", " ").splitlines()
+    (alerts,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    rules = "".join(
+        f"      - record: query:n{n}\n        expr: >-\n          {q}\n" for n, q in enumerate(queries)
+    )
+    file = tmp_path / "rules.yaml"
+    file.write_text(f"{alerts}  - name: queries\n    rules:\n{rules}", encoding="utf-8")
+    done = subprocess.run([promtool, "check", "rules", file], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert f"SUCCESS: {len(queries) + alerts.count('- alert:')} rules found" in done.stdout
 
 
 def test_names_and_units() -> None:
@@ -98,9 +131,124 @@ def test_requests_are_counted_exactly() -> None:
             ("s0", "/embed", "405"): 1,
             ("s0", "other", "404"): 2,  # a scanner makes no label values
         }
-        assert metrics.total("warmfleet_texts_total", slot="s0") == 7
-        assert metrics.total("warmfleet_request_stage_seconds_count", slot="s0", stage="forward") == 7
-        assert metrics.total("warmfleet_request_stage_seconds_count", slot="s0", stage="total") == 13
+        assert metrics.total(TEXTS, slot="s0") == 7
+        assert metrics.total(STAGE_COUNT, slot="s0", stage="forward") == 7
+        assert metrics.total(STAGE_COUNT, slot="s0", stage="total") == 13
+
+
+def test_texts_tokens_and_passes_are_what_the_client_sent() -> None:
+    """The sum over the fleet is the client's own, also when a worker is killed after its replies.
+
+    The rehearsals of the three workers that boot are not in it.
+    """
+    dice = random.Random(3)
+    sent = [[" ".join(["word"] * dice.randint(1, 60)) for _ in range(dice.randint(1, 32))] for _ in range(40)]
+    with Service(workers=2) as service:
+        service.wait_ready()
+        for number, texts in enumerate(sent):
+            if number == 20:
+                service.kill(1, SIGKILL)
+                service.wait_state(1, "ready", 2)
+            assert service.embed(texts).ok
+        until(lambda: service.metrics().total(REQUESTS, status="200") == len(sent), what="all are counted")
+        metrics = service.metrics()
+        texts, tokens = sum(map(len, sent)), sum(len(text.split()) + 2 for one in sent for text in one)
+        assert (metrics.total(TEXTS), metrics.total(TOKENS)) == (texts, tokens)
+        assert (metrics.total(f"{BATCH_TEXTS}_sum"), metrics.total(f"{BATCH_TOKENS}_sum")) == (texts, tokens)
+        assert metrics.total("warmfleet_padding_tokens_total") == 0  # the stub packs
+        passes = metrics.total(f"{BATCH_TEXTS}_count")
+        assert tokens / 512 <= passes <= texts
+        assert metrics.total("warmfleet_batch_seconds_count") == passes
+        for stage in ("tokenize", "queue", "forward", "encode", "total"):
+            assert metrics.total(STAGE_COUNT, stage=stage) == len(sent)
+        assert_invariants(service)
+
+
+def test_texts_that_wait_are_in_the_queues_length() -> None:
+    """While a pass computes, texts and tokens behind it are in the gauges; afterwards they are 0."""
+
+    def queue() -> tuple[float, ...]:
+        metrics = service.metrics()
+        names = ("warmfleet_queue_texts", "warmfleet_queue_tokens", "te_queue_size")
+        return tuple(metrics.total(name) for name in names)
+
+    with Service(workers=1, stub_scenario="slow_forward", te_metrics=True) as service:
+        service.wait_ready()
+        assert queue() == (0, 0, 0)
+        slow = service.send(["slow"])
+        until(lambda: service.metrics().total("warmfleet_requests_in_flight") == 1, what="it computes")
+        waiting = service.send(["one two three"] * 4)
+        until(lambda: queue() == (4, 20, 4), what="four texts wait")
+        assert slow().ok
+        assert waiting().ok
+        until(lambda: queue() == (0, 0, 0), what="nothing waits")
+
+
+def test_texts_that_are_dropped_have_a_reason() -> None:
+    """A client that leaves and a deadline that passes are counted apart, and neither as embedded."""
+
+    def dropped() -> tuple[float, ...]:
+        metrics = service.metrics()
+        return tuple(
+            metrics.total("warmfleet_dropped_texts_total", reason=r) for r in ("abandoned", "deadline")
+        )
+
+    with Service(workers=1, stub_scenario="slow_forward", te_metrics=True) as service, new_client() as client:
+        service.wait_ready()
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(f"{service.url}/embed", json=["slow", "and gone"], timeout=0.3)
+        until(lambda: dropped() == (2, 0), what="the abandoned texts are counted")
+        late = client.post(f"{service.url}/embed", json=["slow"], headers={"X-Request-Timeout": "0.2"})
+        assert late.status_code == 504
+        assert dropped() == (2, 1)
+        metrics = service.metrics()
+        assert metrics.total(TEXTS) == 0
+        assert metrics.total("te_embed_count") == 3
+        assert metrics.total("te_request_failure", err="dropped") == 2
+        until(lambda: service.metrics().total(REQUESTS, status="504") == 1)
+        assert service.metrics().total(REQUESTS, status="499") == 1
+
+
+def test_out_of_memory_is_counted_and_the_budget_shows_it() -> None:
+    """Each pass that did not fit is an event; the budget falls at once, beside the declared one."""
+    texts = ["word " * 18] * 30  # 20 tokens each: passes of 500, then of 360, then of 260
+    with Service(workers=1, stub_scenario="oom_forward_above_300_tokens") as service:
+        service.wait_ready()
+        found = []
+        for _ in range(3):
+            assert service.embed(texts).ok
+            metrics = service.metrics()
+            names = ("out_of_memory_total", "worker_max_batch_tokens", "worker_declared_batch_tokens")
+            found.append(tuple(metrics.total(f"warmfleet_{name}") for name in names))
+        assert found == [(1, 375, 512), (2, 270, 512), (2, 270, 512)]
+        assert service.metrics().total(TEXTS) == 90
+
+
+def test_names_of_tei_agree_with_ours() -> None:
+    """After requests that were served and refused, each te_ value is the sum of ours over the slots."""
+    with Service(workers=2, te_metrics=True, max_concurrent_requests=4) as service:
+        service.wait_ready()
+        serve_from_both(service)
+        assert service.embed(["a b", "c"]).ok
+        assert service.embed(["too many"] * 5).status == 413
+        assert service.embed([]).status == 422
+        answered = sum(outcome.ok for outcome in service.outcomes)
+        until(lambda: service.metrics().total(REQUESTS) == len(service.outcomes), what="all are counted")
+        metrics = service.metrics()
+        assert metrics.total("te_request_count") == len(service.outcomes)
+        assert metrics.total("te_request_success") == answered
+        assert metrics.total("te_request_failure", err="batch_size") == 1
+        assert metrics.total("te_request_failure", err="validation") == 1
+        assert metrics.total("te_request_failure") == 2
+        assert metrics.total("te_embed_success") == metrics.total("te_embed_count") == metrics.total(TEXTS)
+        assert metrics.total("te_request_duration_count") == len(service.outcomes)
+        for name, stage in (("tokenization", "tokenize"), ("queue", "queue"), ("inference", "forward")):
+            ours = metrics.total("warmfleet_request_stage_seconds_sum", stage=stage)
+            assert metrics.total(f"te_request_{name}_duration_sum") == pytest.approx(ours)
+            assert metrics.total(f"te_request_{name}_duration_count") == answered
+        for name, ours in (("te_batch_next_size", BATCH_TEXTS), ("te_batch_next_tokens", BATCH_TOKENS)):
+            for part in ("sum", "count"):
+                assert metrics.total(f"{name}_{part}") == metrics.total(f"{ours}_{part}") > 0
 
 
 # Counters and their files

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import signal
@@ -132,38 +131,27 @@ def stub_settings() -> Settings:
 
 @pytest.fixture
 def make_engine(stub_settings: Settings) -> Iterator[Callable[..., Engine]]:
-    """Return a maker of engines on the stub backend; limits by name, anything else goes to the engine."""
+    """Return a maker of started engines on the stub backend; limits by name, all else goes to the engine."""
     limits = {
         "max_batch_tokens": 512,
+        "max_batch_texts": 64,
         "max_concurrent_texts": 8,
         "max_client_batch_size": 4,
         "auto_truncate": True,
         "forward_timeout_s": 60.0,
+        "request_timeout_s": 60.0,
     }
-    engines: list[Engine] = []
+    started: list[tuple[Engine, ThreadPoolExecutor]] = []
 
-    def make(backend: StubBackend | None = None, **others: Any) -> Engine:
+    def make(backend: Any = None, **others: Any) -> Engine:
         mine = limits | {name: others.pop(name) for name in list(others) if name in limits}
-        engine = Engine(
-            backend=backend or StubBackend(stub_settings),
-            limits=Limits(**mine),
-            model_thread=ThreadPoolExecutor(1, thread_name_prefix="model"),
-            **others,
-        )
-        engines.append(engine)
+        engine = Engine(backend or StubBackend(stub_settings), Limits(**mine), **others)
+        model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        started.append((engine, model_thread))
+        engine.start(model_thread)
         return engine
 
     yield make
-    for engine in engines:
+    for engine, model_thread in started:
         engine.close()
-        engine.model_thread.shutdown()
-
-
-@pytest.fixture
-def embed() -> Callable[..., Any]:
-    """Return `engine.embed`, to be waited for."""
-
-    def wait(engine: Engine, *texts: str, truncate: bool | None = None) -> Any:
-        return asyncio.run(engine.embed(list(texts), truncate=truncate))
-
-    return wait
+        model_thread.shutdown()

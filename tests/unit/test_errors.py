@@ -18,6 +18,9 @@ REQUEST = {
     errors.UnauthorizedError: (401, "unauthorized"),
     errors.OverloadedError: (429, "overloaded"),
     errors.NotReadyError: (503, "unhealthy"),
+    errors.DeadlineError: (504, "timeout"),
+    errors.WrongModelError: (422, "validation"),
+    errors.UnknownModelError: (404, "validation"),
     errors.InferenceError: (500, "backend"),
 }
 

@@ -4,23 +4,22 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from client import app_with, backend_of
 
-from service.app import create_app
-from service.backends.stub import StubBackend
-from service.engine import Engine, Limits, Observer
+from service.backends.base import Kind
+from service.engine import Observer
 from service.errors import WarmupError
 from service.rehearsal import rehearse
-from service.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from conftest import Counters
-    from fastapi import FastAPI
+
+    from service.engine import Engine
 
 
 class Recorder(Observer):
@@ -30,38 +29,45 @@ class Recorder(Observer):
         self.told: list[str] = []
 
     def embedded(self, texts: int, tokens: int, times: object) -> None:
-        del texts, tokens, times
         self.told.append("embedded")
 
     def encoded(self, seconds: float) -> None:
-        del seconds
         self.told.append("encoded")
 
-
-@pytest.fixture
-def app() -> Iterator[FastAPI]:
-    settings = Settings(backend="stub", api_key="secret")
-    app = create_app(settings)
-    with ThreadPoolExecutor(1) as model_thread:
-        limits = Limits(512, 8, 8, auto_truncate=True, forward_timeout_s=5)
-        app.state.candidate = Engine(StubBackend(settings), limits, model_thread, observer=Recorder())
-        yield app
-        app.state.candidate.close()
+    def batch(self, texts: int, tokens: int, computed: int, seconds: float) -> None:
+        self.told.append("batch")
 
 
-def test_a_rehearsal_goes_through_the_whole_app_and_is_not_counted(app: FastAPI, counters: Counters) -> None:
-    """Key, body, engine and encoding are exercised; no counter moves; the observer is back afterwards."""
-    app.state.slot = counters.slot
-    observer = app.state.candidate.observer
-    asyncio.run(rehearse(app, app.state.candidate))
-    assert app.state.candidate.observer is observer
-    assert observer.told == []
+@pytest.mark.parametrize("settings", [{}, {"api_key": "secret"}, {"cors_origins": ("*",)}], ids=str)
+@pytest.mark.parametrize(
+    "attributes",
+    [{}, {"kind": Kind.SPARSE}, {"kind": Kind.SCORES, "labels": tuple(map(str, range(32)))}],
+    ids=str,
+)
+def test_a_rehearsal_goes_through_the_whole_app_and_is_not_counted(
+    counters: Counters,
+    make_engine: Callable[..., Engine],
+    attributes: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Body, engine and encoding are exercised, for every type of model; no counter moves."""
+    app, engine = (
+        app_with(counters.slot, **settings),
+        make_engine(backend_of(**attributes), observer=Recorder()),
+    )
+    observer = engine.observer
+    asyncio.run(rehearse(app, engine))
+    assert engine.observer is observer
+    assert observer.told == []  # type: ignore[attr-defined]
     assert app.state.engine is None  # nobody else could have asked it
     assert counters.read("warmfleet_requests_total") == {}
 
 
-def test_a_rehearsal_that_fails_fails_the_boot(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rehearsal_that_fails_fails_the_boot(
+    counters: Counters, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the app would answer its first client with but 200 ends the boot, with the answer in words."""
-    monkeypatch.setattr(app.state.candidate.backend, "forward", lambda batch: 1 / 0)
+    engine = make_engine()
+    monkeypatch.setattr(engine.backend, "launch", lambda batch: 1 / 0)
     with pytest.raises(WarmupError, match=r"the app answered 500 to its first request: .*division by zero"):
-        asyncio.run(rehearse(app, app.state.candidate))
+        asyncio.run(rehearse(app_with(counters.slot), engine))

@@ -23,10 +23,14 @@ ALIASES = {
     "hub_cache": ("HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"),
     "skip_warmup": ("SKIP_WARMUP",),
     "max_batch_tokens": ("MAX_BATCH_TOKENS",),
+    "max_batch_requests": ("MAX_BATCH_REQUESTS",),
+    "compile_cache": ("TORCHINDUCTOR_CACHE_DIR",),
     "max_concurrent_requests": ("MAX_CONCURRENT_REQUESTS",),
     "max_client_batch_size": ("MAX_CLIENT_BATCH_SIZE",),
     "max_body_bytes": ("PAYLOAD_LIMIT",),
     "auto_truncate": ("AUTO_TRUNCATE",),
+    "served_model_name": ("SERVED_MODEL_NAME",),
+    "cors_origins": ("CORS_ALLOW_ORIGIN",),
     "api_key": ("API_KEY",),
 }
 
@@ -205,7 +209,7 @@ SHAPE = "is not a shape; write texts x tokens, such as 2x256"
         ("max_batch_tokens", "7", "Input should be greater than or equal to 8"),
         ("warmup_rounds", "2", "Input should be greater than or equal to 3"),
         ("dtype", "float64", "Input should be 'auto', 'float32', 'float16' or 'bfloat16'"),
-        ("backend", "onnx", "Input should be 'torch' or 'stub'"),
+        ("backend", "tensorrt", "Input should be 'torch', 'onnx', 'openvino' or 'stub'"),
         ("log_format", "xml", "Input should be 'text' or 'json'"),
         ("auto_truncate", "maybe", "Input should be a valid boolean, unable to interpret input"),
         ("bind", "8000", ADDRESS),
@@ -337,7 +341,7 @@ def test_a_secret_that_is_itself_wrong_is_hidden(name: str) -> None:
 
 def test_no_alias_of_a_secret_is_forgotten() -> None:
     """What is called key, token, secret or password is declared as a secret."""
-    named = {name for name in FIELDS if re.search(r"key|token(?!s)|secret|password", name)}
+    named = {name for name in FIELDS if re.search(r"key(?!_file)|token(?!s)|secret|password", name)}
     assert named == {name for name, field in FIELDS.items() if "Secret" in str(field.annotation)}
 
 

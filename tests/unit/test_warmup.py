@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.backends.base import Cut, Done
 from service.backends.stub import StubBackend
 from service.errors import DeviceLostError, OutOfMemoryError, WarmupError
 from service.slots import ShapeTimes
@@ -42,7 +43,7 @@ class FakeModel(StubBackend):
     def clock(self) -> float:
         return self.time
 
-    def forward(self, batch: Any) -> NDArray[np.float32]:
+    def launch(self, batch: Any) -> Done:
         shape = (batch.texts, len(batch.encodings[0]))
         if batch.tokens > self.room:
             msg = f"{batch.tokens} tokens"
@@ -50,7 +51,7 @@ class FakeModel(StubBackend):
         self.passes.append(shape)
         number = self.passes.count(shape)
         self.time += self.seconds(number)
-        return self.spoil(super().forward(batch), number)
+        return Done(self.spoil(super().launch(batch).rows(), number))
 
     def trim(self) -> None:
         self.trims += 1
@@ -99,7 +100,7 @@ def test_no_shape_is_above_the_budget_or_asked_for_twice(budget: int, longest: i
 def test_probes_have_the_tokens_they_are_asked_for(model: FakeModel) -> None:
     """A probe's words and its two specials are as many tokens as wanted, from three on."""
     sizes = [1, 2, 3, 8, 100, 256]
-    lengths = [len(encoding) for encoding in model.tokenize([probe(size) for size in sizes], truncate=True)]
+    lengths = [len(encoding) for encoding in model.tokenize([probe(size) for size in sizes], cut=Cut.RIGHT)]
     assert lengths == [3, 3, 3, 8, 100, 256]
 
 

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request leaves in the queue: an entry for each text, one ticket that collects the rows. Worker."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from service.backends.base import Encoding
+    from service.errors import RequestError
+
+
+class Ticket:
+    """A request's place in the queue: collects its rows, and tells when all are there.
+
+    The model thread writes all but `abandoned`, which is the event loop's.
+
+    Attributes:
+        rows: one array a text, in the order of the texts.
+        began: when the first of its batches was launched, in seconds of `time.perf_counter`.
+        ended: when the last of its rows came back.
+        waiting: texts without a row.
+        error: what made it fail.
+        abandoned: nobody waits for it any more.
+    """
+
+    __slots__ = ("abandoned", "began", "ended", "error", "notify", "rows", "waiting")
+
+    def __init__(self, texts: int, notify: Callable[[Ticket], None]) -> None:
+        """Wait for the rows of so many texts; `notify` is called on the model thread, once."""
+        self.rows: list[NDArray[np.float32] | None] = [None] * texts
+        self.waiting = texts
+        self.began = self.ended = 0.0
+        self.error: RequestError | None = None
+        self.abandoned = False
+        self.notify = notify
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is complete, has failed, or its client left."""
+        return self.abandoned or not self.waiting
+
+    def fail(self, error: RequestError) -> None:
+        """End the request with an error, unless it is over."""
+        if not self.is_over:
+            self.waiting = 0
+            self.error = error
+            self.notify(self)
+
+    def receive(self, index: int, row: NDArray[np.float32]) -> None:
+        """Keep the row of one text, unless the request is over; with the last one it is complete."""
+        if self.is_over:
+            return
+        self.rows[index] = row
+        self.waiting -= 1
+        if not self.waiting:
+            self.ended = time.perf_counter()
+            self.notify(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One text in the queue."""
+
+    encoding: Encoding
+    owner: Ticket
+    index: int
+    group: Hashable
+    token_vectors: bool
+
+    @property
+    def length(self) -> int:
+        """Return its tokens."""
+        return len(self.encoding)
+
+
+def deliver(entries: list[Entry], rows: NDArray[np.float32]) -> None:
+    """Hand each text its row, or the rows of its tokens."""
+    start = 0
+    for number, entry in enumerate(entries):
+        if entry.token_vectors:
+            entry.owner.receive(entry.index, rows[start : start + entry.length])
+            start += entry.length
+        else:
+            entry.owner.receive(entry.index, rows[number])
+
+
+def alive(entries: list[Entry]) -> list[Entry]:
+    """Return those whose request is not over."""
+    return [entry for entry in entries if not entry.owner.is_over]
+
+
+def halves(entries: list[Entry]) -> list[list[Entry]]:
+    """Split by tokens; one text cannot be split."""
+    if len(entries) == 1:
+        return [entries]
+    half, tokens, middle = sum(entry.length for entry in entries) / 2, 0, 0
+    while middle < len(entries) - 1 and (not middle or tokens + entries[middle].length <= half):
+        tokens += entries[middle].length
+        middle += 1
+    return [entries[:middle], entries[middle:]]
+
+
+def by_request(entries: list[Entry]) -> list[list[Entry]]:
+    """Split by request; within one request a wrong text fails the others too."""
+    requests: dict[Ticket, list[Entry]] = {}
+    for entry in entries:
+        requests.setdefault(entry.owner, []).append(entry)
+    return list(requests.values())
