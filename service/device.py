@@ -34,6 +34,10 @@ ALWAYS: Final = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 UNLESS_SET: Final = {
+    # Code for each number of tokens that a pass had: 3 MB apiece, a thousand of them, for no gain
+    # (docs/decisions/0016). The first is torch's own cache of oneDNN's, the second oneDNN's.
+    "LRU_CACHE_CAPACITY": "16",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # torch takes NVML's index for CUDA's
     "OPENBLAS_NUM_THREADS": "1",  # numpy and scipy start their BLAS threads at import
     "OMP_NUM_THREADS": "1",

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from service.endpoint import Endpoint
-    from service.schemas import Body
     from service.shapes import Json
 
 COMPONENT = "#/components/schemas/"
@@ -59,6 +58,9 @@ def document(endpoints: Iterable[Endpoint[Any]], *, with_keys: bool) -> Json:
     _, definitions = models_json_schema(
         [(body, "validation") for body in bodies], ref_template=COMPONENT + "{model}"
     )
+    if bare := definitions["$defs"].get("BareBody"):  # the array itself, where the others have a field for it
+        bare["anyOf"] = [kind for kind in bare["properties"]["inputs"]["anyOf"] if kind["type"] == "array"]
+        definitions["$defs"]["BareBody"] = {name: bare[name] for name in ("title", "description", "anyOf")}
     paths: dict[str, Json] = {
         path: {"post": _post(endpoint, path)} for endpoint in endpoints for path in endpoint.paths
     }
@@ -91,7 +93,7 @@ def document(endpoints: Iterable[Endpoint[Any]], *, with_keys: bool) -> Json:
 
 
 def _post(endpoint: Endpoint[Any], path: str) -> Json:
-    refs = [_schema_of(body) for body in endpoint.takes]
+    refs = [{"$ref": COMPONENT + body.__name__} for body in endpoint.takes]
     headers = REQUEST_ID | TIMES | {"Server-Timing": {"schema": STRING}}
     reply = _reply("The answer.", endpoint.answers, headers)
     if endpoint.octets:
@@ -110,13 +112,6 @@ def _post(endpoint: Endpoint[Any], path: str) -> Json:
         },
         "responses": {"200": reply} | _errors(path, wanted),
     }
-
-
-def _schema_of(body: type[Body]) -> Json:
-    """Point to a body; a bare array is told by what its `inputs` are."""
-    if body.__name__ == "BareBody":
-        return {"$ref": COMPONENT + "BareBody/properties/inputs"}
-    return {"$ref": COMPONENT + body.__name__}
 
 
 def _get(

@@ -36,7 +36,7 @@ Text = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Many = Field(min_length=1)
 AnyTexts = Text | Annotated[list[Text], Many]
-AnyInputs = Text | Annotated[list[Text], Many] | Ids | Annotated[list[Ids], Many]
+AnyInputs = Text | Ids | Annotated[list[Text | Ids], Many]
 Pair = Annotated[list[Text], Field(min_length=1, max_length=2)]
 AnyPairs = Text | Pair | Annotated[list[Pair], Many]
 

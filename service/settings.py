@@ -85,8 +85,8 @@ class Settings(BaseSettings):
     packing: Literal["auto", "on", "off"] = setting(
         "packing",
         "auto",
-        "Compute batches without padding. `auto`: where the model allows it and a self-test at boot gives the "
-        "same vectors; `on`: else fail; `off`: never. `/info` says what is used.",
+        "Compute batches without padding. `auto`: where the model allows it and a self-test at boot gives "
+        "the same vectors; `on`: else fail; `off`: never. `/info` says what is used.",
     )
     compile: Literal["on", "off"] = setting(
         "compile",

@@ -30,12 +30,13 @@ def choose(chosen: str | None, name: str) -> Path:
 
 
 @contextmanager
-def leading(folder: Path, variable: str) -> Iterator[None]:
+def leading(folder: Path, variable: str, *, then_together: bool = False) -> Iterator[None]:
     """Make the folder, for this user alone, and hold its lock; wait for whoever holds it.
 
     Args:
         folder: what `choose` returned.
         variable: names the folder in the environment.
+        then_together: whether those who waited may go on at once, side by side.
 
     Raises:
         ModelError: the folder cannot be made or written.
@@ -47,5 +48,8 @@ def leading(folder: Path, variable: str) -> Iterator[None]:
         msg = f"cannot write to the folder {folder}: {error.strerror}; name one that can be by {variable}"
         raise ModelError(msg) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(lock, fcntl.LOCK_SH if then_together else fcntl.LOCK_EX)
         yield

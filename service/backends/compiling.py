@@ -62,7 +62,7 @@ class CompiledBackend(TorchBackend):
         if model is None:
             msg = "compile is on, but this model has no transformer; set it to off"
             raise ModelError(msg)
-        with caches.leading(self._compiled, CACHE_VARIABLE):
+        with caches.leading(self._compiled, CACHE_VARIABLE, then_together=True):
             began = time.monotonic()
             _compile(model)
             try:

@@ -186,7 +186,7 @@ class EncoderRoute:
             raise ValueError(msg)
         first = first_position(model)
         self._encode = Encoder(transformer.model, first_position=first)
-        self._filler = transformer.model.config.pad_token_id if first else None
+        self._filler = first - 1 if first else None
         self._output = transformer.module_output_name
 
     def collate(self, encodings: Sequence[Encoding], *, pinned: bool) -> Collated:
@@ -219,8 +219,8 @@ class AttentionRoute:
             msg = f"the {task} model does not let its attention be replaced"
             raise ValueError(msg)
         self._transformer = transformer
-        self._first_position = first_position(model)
-        self._filler = transformer.model.config.pad_token_id if self._first_position else None
+        self._first_position = first = first_position(model)
+        self._filler = first - 1 if first else None
 
     def collate(self, encodings: Sequence[Encoding], *, pinned: bool) -> Collated:
         """Pack."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from service.backends.base import Cut, Encoding, Input, Token
 
@@ -58,6 +58,10 @@ class Tokenizer:
 
         With `mark_prompt` the encodings tell how many of their tokens are the prompt's.
         """
+        if len(set(map(type, inputs))) > 1:  # one request may mix texts, pairs and token ids
+            options: dict[str, Any] = {"cut": cut, "max_tokens": max_tokens, "prompt": prompt}
+            single = (self.encode([one], **options, mark_prompt=mark_prompt) for one in inputs)
+            return [encoding for (encoding,) in single]
         if isinstance(inputs[0], tuple):
             return self._pairs(cast("Sequence[tuple[str, str]]", inputs), cut, max_tokens, prompt)
         room = max(0, max_tokens - len(self._head) - len(self._tail))

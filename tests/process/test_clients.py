@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that people use, against real Gunicorn: the vectors of `encode`, and errors that each understands."""
+"""Clients that people use, on a real Gunicorn: the vectors of `encode`, and errors that each understands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from base64 import b64decode
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,6 @@ needs_model = [
 KEYS = ("first-key-of-the-file", "second-key-of-the-file", "key-of-the-environment")
 NAMES = ("mini", "text-embedding-mini")
 TEXTS = [*salad(30, most_words=60), "東京 🚢", "river " * 400]
-ODD_REPLY = "curl: exit {code}, HTTP {status}: {command}\n{said}"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Two workers on the real model, closed by three keys, under two names that are checked."""
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"# for the tests\n{KEYS[0]}\n\n  {KEYS[1]}\n", encoding="utf-8")
-    chosen = {"api_key_file": file, "api_key": KEYS[2], "served_model_name": ",".join(NAMES), "check_model": True}
+    chosen = {
+        "api_key_file": file,
+        "api_key": KEYS[2],
+        "served_model_name": ",".join(NAMES),
+        "check_model": True,
+    }
     with Service(environ=OFFLINE, **(REAL | chosen)) as running:
         running.wait_ready(PATIENCE_S)
         yield running
@@ -120,7 +125,7 @@ class TestOpenAI:
         reply = ask.embeddings.create(model="mini", input=TEXTS, **options)
         rows = [row.embedding for row in reply.data]
         if options.get("encoding_format") == "base64":
-            rows = [np.frombuffer(__import__("base64").b64decode(row), "<f4") for row in rows]
+            rows = [np.frombuffer(b64decode(row), "<f4") for row in rows]
         same(rows, golden)
         assert [row.index for row in reply.data] == list(range(len(TEXTS)))
         assert (reply.object, reply.model, reply.data[0].object) == ("list", "mini", "embedding")
@@ -140,6 +145,8 @@ class TestOpenAI:
         several = ask.embeddings.create(model="mini", input=ids)
         same([row.embedding for row in several.data], golden[:3])
         same([row.embedding for row in ask.embeddings.create(model="mini", input=ids[1]).data], golden[1:2])
+        mixed = client.post(f"{fleet.url}/embed", json=[TEXTS[0], *ids[1:3], TEXTS[3]], headers=bearer())
+        same(mixed.json()["embeddings"], golden[:4])
 
     def test_dimensions_shorten(self, ask: openai.OpenAI, golden: Vectors) -> None:
         """`dimensions` keeps the first numbers, at unit length."""
@@ -204,7 +211,9 @@ class TestOpenAI:
         async def all_at_once() -> list[list[list[float]]]:
             async with openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key=KEYS[1]) as asked:
                 parts = [TEXTS[start : start + 3] for start in range(20)] * 2
-                replies = await asyncio.gather(*(asked.embeddings.create(model="mini", input=p) for p in parts))
+                replies = await asyncio.gather(
+                    *(asked.embeddings.create(model="mini", input=p) for p in parts)
+                )
                 return [[row.embedding for row in reply.data] for reply in replies]
 
         expected = [golden[start : start + 3] for start in range(20)] * 2
@@ -252,7 +261,7 @@ class TestHuggingFace:
             stranger.feature_extraction("a")
         with (
             InferenceClient(model=fleet.url, token=KEYS[0]) as asked,
-            pytest.raises((HfHubHTTPError, ValidationError), match="inputs.0: the text is empty|422"),
+            pytest.raises((HfHubHTTPError, ValidationError), match=r"inputs\.0: the text is empty|422"),
         ):
             asked.feature_extraction("")
 
@@ -265,7 +274,9 @@ def test_langchain_embeds_documents_and_queries(fleet: Service, golden: Vectors)
     Its default, `check_embedding_ctx_length=True`, sends ids of OpenAI's vocabulary, which mean other
     words here, and downloads that vocabulary.
     """
-    reason = "langchain-openai is not installed; it would bring 14 packages, tiktoken and langsmith among them"
+    reason = (
+        "langchain-openai is not installed; it would bring 14 packages, tiktoken and langsmith among them"
+    )
     langchain_openai = pytest.importorskip("langchain_openai", reason=reason)
     asked = langchain_openai.OpenAIEmbeddings(
         model="mini",
@@ -299,7 +310,9 @@ def test_curl_commands_of_the_manual_work(fleet: Service, need: Callable[[str], 
         local = local.replace("127.0.0.1:9000", fleet.ops_bind).replace("localhost:9000", fleet.ops_bind)
         extra = ["--write-out", "%{stderr}HTTP %{http_code}", "-H", f"Authorization: Bearer {KEYS[0]}"]
         line = re.sub(r"^curl ", f"curl {shlex.join(extra)} ", local)
-        said = subprocess.run(["bash", "-c", line], capture_output=True, cwd=tmp_path, timeout=60, check=False)
+        said = subprocess.run(
+            ["bash", "-c", line], capture_output=True, cwd=tmp_path, timeout=60, check=False
+        )
         status = said.stderr.decode()
         assert said.returncode == 0, f"{command}: {status}"
         assert status.endswith("HTTP 200"), f"{command}: {status}: {said.stdout[:500]!r}"
@@ -350,11 +363,13 @@ class TestKeys:
 
 @pytest.mark.model
 @pytest.mark.skipif(find_spec(PACKAGE) is None, reason="the extra `demo` is not installed")
-@pytest.mark.parametrize(("path", "field"), [("/embed", "inputs"), ("/v1/embeddings", "input"), ("/", "inputs")])
+@pytest.mark.parametrize(
+    ("path", "field"), [("/embed", "inputs"), ("/v1/embeddings", "input"), ("/", "inputs")]
+)
 def test_octets_need_no_json(
     fleet: Service, client: httpx.Client, golden: Vectors, path: str, field: str
 ) -> None:
-    """`Accept: application/octet-stream` gives float32 that numpy.frombuffer reads, with its shape beside it."""
+    """`Accept: application/octet-stream` gives float32 for numpy.frombuffer, with the shape beside it."""
     headers = bearer() | {"Accept": "application/octet-stream"}
     reply = client.post(fleet.url + path, json={field: TEXTS}, headers=headers)
     assert reply.headers["content-type"] == "application/octet-stream"
@@ -375,7 +390,9 @@ def test_headers_tell_what_a_request_took(fleet: Service, client: httpx.Client) 
     assert reply.headers["x-compute-type"] == "cpu"
     assert reply.headers["x-compute-characters"] == "4"
     assert int(reply.headers["x-compute-tokens"]) == reply.json()["usage"]["total_tokens"]
-    assert re.fullmatch(r"tokenize;dur=[\d.]+, queue;dur=[\d.]+, forward;dur=[\d.]+", reply.headers["server-timing"])
+    assert re.fullmatch(
+        r"tokenize;dur=[\d.]+, queue;dur=[\d.]+, forward;dur=[\d.]+", reply.headers["server-timing"]
+    )
 
 
 @pytest.mark.model
@@ -423,7 +440,9 @@ def test_texts_of_a_client_that_leaves_are_not_computed() -> None:
         host, _, port = service.bind.rpartition(":")
         body = b'["nobody", "waits", "for me"]'
         with socket.create_connection((host, int(port)), timeout=DEADLINE_S) as leaving:
-            leaving.sendall(b"POST /embed HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            leaving.sendall(
+                b"POST /embed HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+            )
             until(lambda: service.worker(0)["load"] >= 4, what="the texts wait")
         assert occupied().ok
 
@@ -440,7 +459,7 @@ def test_texts_of_a_client_that_leaves_are_not_computed() -> None:
 
 
 def test_a_client_may_ask_for_less_time() -> None:
-    """`X-Request-Timeout: 0.1` behind a pass of 800 ms: 504 in time, with the request's id; counted, and dropped."""
+    """`X-Request-Timeout: 0.1` behind a pass of 800 ms: 504 in time, with the id; dropped, and counted."""
     with Service(workers=1, stub_forward_ms=800, skip_warmup=True) as service, new_client() as client:
         service.wait_ready()
         occupied = service.send(["busy"])
@@ -499,7 +518,12 @@ def test_a_reranker_scores_as_cross_encoder_does(tiny: dict[str, Tiny], client: 
         assert "text" not in post("/rerank", {"query": query, "texts": model.texts})[0]
         (single,) = post("/predict", {"inputs": model.texts[1], "raw_scores": True})
         same([single["score"]], said["raw texts"][1])
-        refuses(service, client, {"/embed", "/v1/embeddings", "/embed_sparse", "/similarity"}, "this reranker model")
+        refuses(
+            service,
+            client,
+            {"/embed", "/v1/embeddings", "/embed_sparse", "/similarity"},
+            "this reranker model",
+        )
         with (
             openai.OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0) as asked,
             pytest.raises(openai.UnprocessableEntityError, match="this reranker model has /rerank"),
@@ -529,12 +553,16 @@ def test_a_classifier_predicts_as_cross_encoder_does(tiny: dict[str, Tiny], clie
         same(predict(pairs, raw=False), said["pairs"])
         same(predict(pairs, raw=True), said["raw pairs"])
         same(predict([[text] for text in model.texts], raw=True), said["raw texts"])
+        same(
+            predict([pairs[0], model.texts[1:2], pairs[2]], raw=True),
+            [said["raw pairs"][0], said["raw texts"][1], said["raw pairs"][2]],
+        )
         refuses(service, client, {"/embed", "/rerank", "/embeddings", "/embed_all"}, "this classifier model")
         assert_invariants(service)
 
 
 def test_a_sparse_model_embeds_as_sparse_encoder_does(tiny: dict[str, Tiny], client: httpx.Client) -> None:
-    """/embed_sparse and the bare address give what SparseEncoder has above zero; /embed says what the model is."""
+    """/embed_sparse and the bare address give SparseEncoder's vectors; /embed says what the model is."""
     model = tiny["sparse"]
     expected = np.array(model.said["vectors"])
     with Service(environ=OFFLINE, **(REAL | {"model_id": model.folder, "workers": 1})) as service:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 EXAMPLES = 10_000
 SEED = 20261121
@@ -55,8 +56,24 @@ PATHS = (*ENDPOINTS, *ENDPOINTS, *list(ENDPOINTS)[:7], "/v1/models", "/health", 
 
 TEXTS = st.one_of(st.text(max_size=8), st.text("a \ud800\udfff\0\ufeff\u202e😀é\u0301", max_size=8))
 NUMBERS = st.sampled_from(
-    [0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**40, 1e308, 5e-324, -0.0, 1.0, 1.5]
-    + [float("nan"), float("inf"), float("-inf")]
+    [
+        0,
+        -1,
+        1,
+        2**31,
+        2**63,
+        2**64,
+        -(2**63) - 1,
+        10**40,
+        1e308,
+        5e-324,
+        -0.0,
+        1.0,
+        1.5,
+        math.nan,
+        math.inf,
+        -math.inf,
+    ]
 )
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
 VALUES = st.one_of(
@@ -68,13 +85,51 @@ VALUES = st.one_of(
         max_leaves=6,
     ),
     st.sampled_from([["a"] * count for count in (MOST_TEXTS, MOST_TEXTS + 1, 1000)]),
-    st.sampled_from([[1] * 5000, [[1]] * 33, [[]], [[[]]], [["a"]], [["a", "b", "c"]], {"a": {}}, "x" * 5000]),
+    st.sampled_from(
+        [[1] * 5000, [[1]] * 33, [[]], [[[]]], [["a"]], [["a", "b", "c"]], {"a": {}}, "x" * 5000]
+    ),
 )
 RAW = st.sampled_from(
-    [b"", b" ", b"\0", b"null", b"{}", b"[]", b'""', b"{", b"[", b'"', b"'a'", b'["a",]', b"{}{}", b"//", b"\x80"]
-    + [b'{"inputs":1e400}', b'{"inputs":-1e-400}', b'["\\ud800"]', b'["\\udc00\\ud800"]', b'["\\u12"]', b'["\\x"]']
-    + [b'["\xff\xfe"]', b'["\xc0\xaf"]', b'["\xed\xa0\x80"]', b'["\xf4\x90\x80\x80"]', b'["a\0b"]', b'["a\nb"]']
-    + [b"\xef\xbb\xbf[]", b'\xef\xbb\xbf["a"]', '["a"]'.encode("utf-16"), '["a"]'.encode("utf-32"), b"\x1f\x8b\x08"]
+    [
+        b"",
+        b" ",
+        b"\0",
+        b"null",
+        b"{}",
+        b"[]",
+        b'""',
+        b"{",
+        b"[",
+        b'"',
+        b"'a'",
+        b'["a",]',
+        b"{}{}",
+        b"//",
+        b"\x80",
+    ]
+    + [
+        b'{"inputs":1e400}',
+        b'{"inputs":-1e-400}',
+        b'["\\ud800"]',
+        b'["\\udc00\\ud800"]',
+        b'["\\u12"]',
+        b'["\\x"]',
+    ]
+    + [
+        b'["\xff\xfe"]',
+        b'["\xc0\xaf"]',
+        b'["\xed\xa0\x80"]',
+        b'["\xf4\x90\x80\x80"]',
+        b'["a\0b"]',
+        b'["a\nb"]',
+    ]
+    + [
+        b"\xef\xbb\xbf[]",
+        b'\xef\xbb\xbf["a"]',
+        '["a"]'.encode("utf-16"),
+        '["a"]'.encode("utf-32"),
+        b"\x1f\x8b\x08",
+    ]
     + [b'{"inputs":"a","inputs":1}', b'{"__class__":"a"}', b'{"__proto__":{"inputs":"a"}}', b"inputs=a&b=c"]
     + [b"9" * count for count in (20, 400, 5000)]
     + [b'{"inputs":' + b"9" * 5000 + b"}", b"[" + b"1," * 9999 + b"1]", b'{"dimensions":1e5,"inputs":"a"}']
@@ -86,7 +141,11 @@ def deep(draw: st.DrawFn) -> bytes:
     """Brackets in brackets, closed or not."""
     depth = draw(st.sampled_from([10, 100, 254, 255, 256, 1023, 1024, 1025, 20_000]))
     opening, closing = draw(st.sampled_from([(b"[", b"]"), (b'{"inputs":', b"}"), (b'[{"a":', b"}]")]))
-    return opening * depth + draw(st.sampled_from([b"", b"1"])) + closing * draw(st.sampled_from([depth, depth - 1, 0]))
+    return (
+        opening * depth
+        + draw(st.sampled_from([b"", b"1"]))
+        + closing * draw(st.sampled_from([depth, depth - 1, 0]))
+    )
 
 
 @st.composite
@@ -136,17 +195,48 @@ def bodies(path: str) -> st.SearchStrategy[bytes]:
 # Headers and framing
 
 HEADERS = st.sampled_from(
-    [("Content-Type", value) for value in ("", "text/plain", "application/json; charset=utf-16", "\xff", "a" * 500)]
-    + [("Accept", value) for value in ("application/octet-stream", "*/*;q=0", "", "\x80", "text/html", "," * 500)]
-    + [("X-Request-Timeout", value) for value in ("nan", "inf", "-1", "0", "1e400", "30", "1_0", "", "\xb2", "9" * 400)]
-    + [("X-Request-Id", value) for value in ("", "a b", "\xff", "x" * 129, "x" * 5000, "a\tb", "{}", "%0d%0a")]
-    + [("Authorization", value) for value in ("", "Bearer", "Bearer \xff", "Basic YTpi", "Bearer " + "x" * 5000)]
+    [
+        ("Content-Type", value)
+        for value in ("", "text/plain", "application/json; charset=utf-16", "\xff", "a" * 500)
+    ]
+    + [
+        ("Accept", value)
+        for value in ("application/octet-stream", "*/*;q=0", "", "\x80", "text/html", "," * 500)
+    ]
+    + [
+        ("X-Request-Timeout", value)
+        for value in ("nan", "inf", "-1", "0", "1e400", "30", "1_0", "", "\xb2", "9" * 400)
+    ]
+    + [
+        ("X-Request-Id", value)
+        for value in ("", "a b", "\xff", "x" * 129, "x" * 5000, "a\tb", "{}", "%0d%0a")
+    ]
+    + [
+        ("Authorization", value)
+        for value in ("", "Bearer", "Bearer \xff", "Basic YTpi", "Bearer " + "x" * 5000)
+    ]
     + [("Content-Encoding", "gzip"), ("Expect", "100-continue"), ("Origin", "null"), ("Cookie", "=;" * 99)]
     + [("Upgrade", "websocket"), ("Upgrade", "h2c"), ("Host", ""), ("Range", "bytes=0-1"), ("X-\x7f", "a")]
-    + [("X-Forwarded-For", "\0"), ("Connection", "close"), ("Connection", "upgrade"), ("A" * 9000, "b" * 9000)]
+    + [
+        ("X-Forwarded-For", "\0"),
+        ("Connection", "close"),
+        ("Connection", "upgrade"),
+        ("A" * 9000, "b" * 9000),
+    ]
 )
 FRAMINGS = (*["exact"] * 24, *["chunked"] * 6)
-BROKEN = ("short", "long", "none", "negative", "words", "twice", "both", "bad chunk", "endless chunk", "no end")
+BROKEN = (
+    "short",
+    "long",
+    "none",
+    "negative",
+    "words",
+    "twice",
+    "both",
+    "bad chunk",
+    "endless chunk",
+    "no end",
+)
 
 
 @dataclass(frozen=True)
@@ -203,7 +293,11 @@ def cases(draw: st.DrawFn) -> Case:
     body = draw(bodies(path))
     headers = draw(st.lists(HEADERS, max_size=2)) if draw(st.integers(0, 2)) == 0 else []
     framing = draw(st.sampled_from(BROKEN) if draw(st.integers(0, 24)) == 0 else st.sampled_from(FRAMINGS))
-    method = draw(st.sampled_from(["GET", "PUT", "OPTIONS", "DELETE"])) if draw(st.integers(0, 29)) == 0 else "POST"
+    method = (
+        draw(st.sampled_from(["GET", "PUT", "OPTIONS", "DELETE"]))
+        if draw(st.integers(0, 29)) == 0
+        else "POST"
+    )
     cuts = draw(st.lists(st.integers(1, 99), max_size=3)) if framing != "exact" else []
     return Case(method, path, headers, framing, body, cuts)
 
@@ -324,7 +418,7 @@ def watched(service: Service) -> Iterator[list[tuple[int, float]]]:
 
 
 def test_ten_thousand_malformed_requests_move_nothing() -> None:
-    """10,000 malformed requests: no 5xx, no worker dies, /ready stays 200, and the next good one is served."""
+    """10,000 malformed requests: no 5xx, no worker dies, /ready stays 200, a good one is served as before."""
     limits = {"max_body_bytes": MOST_BYTES, "max_client_batch_size": MOST_TEXTS, "keepalive": 20}
     with Service(workers=2, **limits) as service:
         service.wait_ready()
@@ -356,7 +450,10 @@ def test_ten_thousand_malformed_requests_move_nothing() -> None:
                 connection.send(good.bytes)
                 status, _, body = connection.answer()
                 assert (status, body) == (200, expected)
-        print(f"{dict(statuses.most_common())}; {len(polls)} polls, the slowest {max(s for _, s in polls):.3f} s")
+        print(
+            f"{dict(statuses.most_common())}; {len(polls)} polls of /ready, "
+            f"the slowest took {max(s for _, s in polls):.3f} s"
+        )
         assert {status for status, _ in polls} == {200}
         assert service.pids() == pids
         assert service.get("/info", ops=False).json() == before

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,6 +57,26 @@ def test_one_leads_and_the_others_wait(tmp_path: Path) -> None:
     assert [holder.wait(30) for holder in holders] == [0, 0, 0]
     assert (folder / "log").read_text(encoding="utf-8").split() == ["in", "out"] * 3
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_those_who_waited_may_go_on_together(tmp_path: Path) -> None:
+    """While one leads nobody else is inside; behind it two are, at the same time."""
+    inside = threading.Barrier(2)
+    met: list[int] = []
+
+    def follow() -> None:
+        with caches.leading(tmp_path, "X", then_together=True):
+            met.append(inside.wait(30))
+
+    followers = [threading.Thread(target=follow) for _ in range(2)]
+    with caches.leading(tmp_path, "X", then_together=True):
+        for follower in followers:
+            follower.start()
+        followers[0].join(0.1)
+        assert inside.n_waiting == 0
+    for follower in followers:
+        follower.join()
+    assert sorted(met) == [0, 1]
 
 
 def test_lock_of_a_killed_leader_is_free(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fakes import PROBE, Bench, FakeBackend, FakeBatch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import inference, token_budget
+from service import inference, tickets, token_budget
 from service.errors import DeviceLostError, InferenceError, NotReadyError, OutOfMemoryError
 from service.inference import DEPTH
 from service.token_budget import RECOVER_S, SHRINK, TokenBudget
@@ -66,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     class Clock:
         monotonic = perf_counter = staticmethod(lambda: now[0])
 
-    for module in (inference, tickets_module):
+    for module in (inference, tickets):
         monkeypatch.setattr(module, "time", Clock)
     return now
 
