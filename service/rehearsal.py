@@ -13,7 +13,6 @@ from service.errors import WarmupError
 from service.metrics import REHEARSAL, uncounted
 
 if TYPE_CHECKING:
-
     from fastapi import FastAPI
     from starlette.types import Message, Scope
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from service.backends.base import PROBE_WORD, Cut, Kind, forward
+from service.backends.base import PROBE_WORD, Cut, forward
 from service.errors import OutOfMemoryError, WarmupError
 from service.slots import ShapeTimes
 

@@ -202,8 +202,8 @@ class FleetWorker(UvicornWorker):
         if not can_leave(board.records()) or fleet.roll_permit.try_acquire() is None:
             return
         if can_leave(board.records()):  # the permit's last holder may have left a moment ago
-            why = f"rolling to epoch {board.header.roll_epoch}" if outdated else "worn out: leaving for a fresh one"
-            LOG.info("%s", why)
+            why = f"rolling to epoch {board.header.roll_epoch}" if outdated else "worn out"
+            LOG.info("leaving for a fresh worker: %s", why)
             self._leave.set()
         else:
             fleet.roll_permit.release(0)

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from service.preflight import PACKAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +26,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
         if folder in FOLDERS:
             item.add_marker(folder)
+
+
+@pytest.fixture(scope="session")
+def need_runtime() -> Callable[[str], str]:
+    """Check that the packages of a backend are installed: as `need`, for Python packages."""
+
+    def find(backend: str) -> str:
+        missing = [package for package in PACKAGES.get(backend, ()) if find_spec(package) is None]
+        if missing and os.environ.get("CI") == "true":
+            pytest.fail(f"backend {backend} is not installed, and CI must run every test: no {missing}")
+        if missing:
+            pytest.skip(f"backend {backend} is not installed: no {', '.join(missing)}")
+        return backend
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ FAMILIES = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "mpnet"})
 ROWS = 16
 """Tokens a pass that oneDNN lays the weights out for: fastest from one text (8) to a full batch (512)."""
 
+
 class Product:
     """`x @ weight.T + bias`, with what follows it fused in where the CPU can."""
 

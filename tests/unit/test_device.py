@@ -205,6 +205,8 @@ class TestEnvironment:
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "LRU_CACHE_CAPACITY": "16",
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
         }
 
     def test_keeps_choices_but_not_hazards(self) -> None:
