@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The API listener, put together: endpoints, probes, errors, counting. Made in the arbiter; worker.
 
-The way of a request through an endpoint of the model is told in `service.endpoint`.
+The way of a request through an endpoint of the model is told in `service.api.endpoint`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from service import __version__, openai_api, tei_api
+from service import __version__
+from service.api import openai, tei
+from service.api.dialects import error_body, error_reply
+from service.api.jobs import model_type
+from service.api.openapi import document
+from service.api.steps import warm_engine
 from service.backends.base import Kind
-from service.dialects import error_body, error_reply
 from service.errors import InvalidRequestError, RequestError
-from service.jobs import model_type
 from service.metrics import REHEARSAL, REQUESTS, STAGE_SECONDS
-from service.openapi import document
 from service.ops import health_payload, ready_payload, reply
 from service.security import read_keys
-from service.steps import warm_engine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from service.api.endpoint import Endpoint
     from service.backends.base import Backend
-    from service.endpoint import Endpoint
     from service.settings import Settings
 
 UNKNOWN = "other"
@@ -65,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
     state.settings, state.keys, state.created = settings, read_keys(settings), int(time.time())
     state.fleet = state.slot = state.engine = None
     endpoints: list[Endpoint[Any]] = []
-    endpoints += [kind(state, endpoints) for kind in (*tei_api.ENDPOINTS, *openai_api.ENDPOINTS)]
+    endpoints += [kind(state, endpoints) for kind in (*tei.ENDPOINTS, *openai.ENDPOINTS)]
     posts = {path: endpoint for endpoint in endpoints for path in endpoint.paths}
     app.router.routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
     app.router.routes += [Route(path, answer, methods=["GET"]) for path, answer in GETS.items()]
@@ -117,15 +118,15 @@ async def models(request: Request) -> Response:
     """List the model, as OpenAI does."""
     state = request.app.state
     state.keys.check(request.headers.get("authorization", "").encode("latin-1"))
-    return json_reply(openai_api.list_models(state.settings, state.created))
+    return json_reply(openai.list_models(state.settings, state.created))
 
 
 async def one_model(request: Request) -> Response:
     """Describe the model, if it is called so."""
     state, name = request.app.state, request.path_params["model"]
     state.keys.check(request.headers.get("authorization", "").encode("latin-1"))
-    openai_api.check_name(state.settings, name)
-    return json_reply(openai_api.describe_model(state.settings, state.created, name))
+    openai.check_name(state.settings, name)
+    return json_reply(openai.describe_model(state.settings, state.created, name))
 
 
 async def info(request: Request) -> Response:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 from service.admission import Admission
 from service.backends.base import Cut
 from service.errors import DeadlineError, InvalidRequestError, OverloadedError
-from service.inference import BatchObserver, Inference
+from service.inference import Inference
+from service.passes import BatchObserver, Passes
 from service.tickets import Entry, Ticket
 from service.token_budget import TokenBudget
 
@@ -158,17 +159,16 @@ class Engine:
         self._observer = observer or Observer()
         self.admission = Admission(limits.max_concurrent_texts, limits.max_client_batch_size)
         self.budget = TokenBudget(limits.max_batch_tokens, backend.max_tokens)
-        self.inference = Inference(
+        self._passes = Passes(
             backend,
             self.budget,
-            max_batch_texts=limits.max_batch_texts,
-            forward_timeout_s=limits.forward_timeout_s,
+            limits.forward_timeout_s,
             observer=self._observer,
             watchdog=watchdog,
-            device_lost=device_lost,
             worn_out=worn_out,
             drained=self.admission.drained,
         )
+        self.inference = Inference(self._passes, limits.max_batch_texts, device_lost)
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def start(self, model_thread: Executor) -> None:
@@ -187,7 +187,7 @@ class Engine:
 
     @observer.setter
     def observer(self, observer: Observer) -> None:
-        self._observer = self.inference.observer = observer
+        self._observer = self._passes.observer = observer
 
     @property
     def extra_load(self) -> int:

@@ -239,9 +239,12 @@ class MetricsObserver(Observer):
             self._padding.inc(computed - tokens)
 
     def out_of_memory(self, budget: int) -> None:
-        """Publish the budget; one that has grown tells of a recovery and not of a new event."""
-        if budget <= self._row.max_batch_tokens:
-            self._out_of_memory.inc()
+        """Count it, and publish the budget."""
+        self._out_of_memory.inc()
+        self._row.max_batch_tokens = budget
+
+    def recovered(self, budget: int) -> None:
+        """Publish the budget."""
         self._row.max_batch_tokens = budget
 
 
@@ -249,8 +252,8 @@ class MetricsObserver(Observer):
 def uncounted(engine: Engine) -> Iterator[None]:
     """Count nothing of what an engine does meanwhile: a rehearsal is no traffic."""
     observer = engine.observer
-    engine.observer = engine.inference.observer = Observer()
+    engine.observer = Observer()
     try:
         yield
     finally:
-        engine.observer = engine.inference.observer = observer
+        engine.observer = observer

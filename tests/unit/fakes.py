@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from service.backends.base import Cut, Encoding
-from service.inference import BatchObserver, Inference
+from service.inference import Inference
+from service.passes import BatchObserver, Passes
 from service.tickets import Entry, Ticket
 from service.token_budget import TokenBudget
 
@@ -140,15 +141,17 @@ class Bench(BatchObserver):
 
     def __post_init__(self) -> None:
         self.inference = Inference(
-            self.backend,  # type: ignore[arg-type]  # as much of it as a loop needs
-            self.budget,
-            max_batch_texts=self.max_batch_texts,
-            forward_timeout_s=7.5,
-            observer=self,
-            watchdog=self.watchdog,
+            Passes(
+                self.backend,  # type: ignore[arg-type]  # as much of it as a pass needs
+                self.budget,
+                forward_timeout_s=7.5,
+                observer=self,
+                watchdog=self.watchdog,
+                worn_out=lambda message: self.told.append(("worn out", message)),
+                drained=lambda texts, seconds: self.drains.append((texts, seconds)),
+            ),
+            self.max_batch_texts,
             device_lost=lambda message: self.told.append(("lost", message)),
-            worn_out=lambda message: self.told.append(("worn out", message)),
-            drained=lambda texts, seconds: self.drains.append((texts, seconds)),
         )
         self.drains: list[tuple[int, float]] = []
 
@@ -167,6 +170,9 @@ class Bench(BatchObserver):
 
     def out_of_memory(self, budget: int) -> None:
         self.told.append(("out of memory", budget))
+
+    def recovered(self, budget: int) -> None:
+        self.told.append(("recovered", budget))
 
     def ask(self, *texts: tuple[int, int], token_vectors: bool = False) -> Ticket:
         """Queue a request of texts as (key, tokens)."""

@@ -17,7 +17,7 @@ from fakes import PROBE, Bench, FakeBackend, FakeBatch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import inference, tickets, token_budget
+from service import inference, passes, tickets, token_budget
 from service.errors import DeviceLostError, InferenceError, NotReadyError, OutOfMemoryError
 from service.inference import DEPTH
 from service.token_budget import RECOVER_S, SHRINK, TokenBudget
@@ -66,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     class Clock:
         monotonic = perf_counter = staticmethod(lambda: now[0])
 
-    for module in (inference, tickets):
+    for module in (inference, passes, tickets):
         monkeypatch.setattr(module, "time", Clock)
     return now
 
@@ -436,7 +436,7 @@ def test_a_recovery_is_told(clock: list[float]) -> None:
     bench.ask((2, 3))
     clock[0] += RECOVER_S
     bench.run()
-    assert bench.told == [("out of memory", 350)]
+    assert bench.told == [("recovered", 350)]
 
 
 def test_a_text_that_never_fits_fails_its_own_request() -> None:

@@ -135,8 +135,10 @@ def test_a_recovery_raises_the_budget_and_is_no_event(
     counters: Any, observer: MetricsObserver, board: Scoreboard
 ) -> None:
     """At its floor the budget cannot shrink, and each event counts all the same; growing is none."""
-    for budget in (256, 256, 281, 306):
+    for budget in (256, 256):
         observer.out_of_memory(budget)
+    for budget in (281, 306):
+        observer.recovered(budget)
     assert board.record(counters.slot).max_batch_tokens == 306
     assert totals(counters) == {"warmfleet_out_of_memory_total": 2}
 

@@ -11,8 +11,7 @@ import threading
 import numpy as np
 import pytest
 
-from service.engine import Result, Times
-from service.replies import (
+from service.api.replies import (
     INLINE_FLOATS,
     Encoded,
     Spent,
@@ -23,6 +22,7 @@ from service.replies import (
     off_loop_if_large,
     unit_rows,
 )
+from service.engine import Result, Times
 
 ROWS = list(np.array([[0.5, -0.25], [1.0, 0.0], [3.5e-8, 2.0]], dtype=np.float32))
 

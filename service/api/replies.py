@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from service.dialects import JSON
+from service.api.dialects import JSON
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from service.dialects import Headers
+    from service.api.dialects import Headers
     from service.engine import Result
 
     Rows = Sequence[NDArray[np.float32]]

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic.json_schema import models_json_schema
 
 from service import __version__
-from service.dialects import speaks_openai
+from service.api.dialects import speaks_openai
+from service.api.shapes import ALIVE, INTEGER, MODEL, MODELS, OPENAI_ERROR, READY, STRING, TEI_ERROR
 from service.errors import RequestError
-from service.shapes import ALIVE, INTEGER, MODEL, MODELS, OPENAI_ERROR, READY, STRING, TEI_ERROR
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from service.endpoint import Endpoint
-    from service.shapes import Json
+    from service.api.endpoint import Endpoint
+    from service.api.shapes import Json
 
 COMPONENT = "#/components/schemas/"
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait, at least 1.", "schema": INTEGER}}

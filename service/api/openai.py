@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from service.endpoint import Endpoint
+from service.api.endpoint import Endpoint
+from service.api.jobs import check_dimensions
+from service.api.replies import Encoded, base64_row, encode_json, encode_octets, json_row, unit_rows
+from service.api.shapes import EMBEDDINGS
 from service.engine import Job
 from service.errors import UnknownModelError
-from service.jobs import check_dimensions
-from service.replies import Encoded, base64_row, encode_json, encode_octets, json_row, unit_rows
 from service.schemas import OpenAIBody
-from service.shapes import EMBEDDINGS
 
 if TYPE_CHECKING:
+    from service.api.replies import Rows
     from service.engine import Engine, Result
-    from service.replies import Rows
     from service.settings import Settings
 
 OWNER = "warmfleet"

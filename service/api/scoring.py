@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from service.endpoint import Endpoint
-from service.jobs import job_of
-from service.replies import Encoded, encode_json
+from service.api.endpoint import Endpoint
+from service.api.jobs import job_of
+from service.api.replies import Encoded, encode_json
+from service.api.shapes import INTEGER, NUMBER, PREDICTIONS, STRING, Json, list_of, object_of
 from service.schemas import PredictBody, PredictManyBody, RerankBody, check, read_json
-from service.shapes import INTEGER, NUMBER, PREDICTIONS, STRING, Json, list_of, object_of
 
 if TYPE_CHECKING:
+    from service.api.replies import Rows
     from service.engine import Engine, Result
-    from service.replies import Rows
 
 
 class Rerank(Endpoint[RerankBody]):

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from service.endpoint import Endpoint
+from service.api.endpoint import Endpoint
+from service.api.jobs import check_batch, check_dimensions, job_of, model_type, prompt_of
+from service.api.replies import Encoded, encode_json, encode_octets, encode_rows, unit_rows
+from service.api.scoring import Predict, Rerank
+from service.api.shapes import INTEGER, NUMBER, STRING, TOKEN, VECTORS, Json, list_of, object_of
 from service.errors import InvalidRequestError
-from service.jobs import check_batch, check_dimensions, job_of, model_type, prompt_of
-from service.replies import Encoded, encode_json, encode_octets, encode_rows, unit_rows
 from service.schemas import (
     BareBody,
     DecodeBody,
@@ -21,16 +23,14 @@ from service.schemas import (
     check,
     read_json,
 )
-from service.scoring_api import Predict, Rerank
-from service.shapes import INTEGER, NUMBER, STRING, TOKEN, VECTORS, Json, list_of, object_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from service.api.replies import Rows
     from service.backends.base import Backend, Token
     from service.engine import Engine, Result
-    from service.replies import Rows
 
 
 class Embed(Endpoint[EmbedBody]):

@@ -10,15 +10,10 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
-from service.dialects import JSON, error_body, error_reply
-from service.engine import Result
-from service.errors import RequestError, WrongModelError
-from service.jobs import MODEL_TYPES, count_characters, model_type
-from service.logging import get
-from service.metrics import REHEARSAL
-from service.replies import OCTETS, Spent, off_loop_if_large
-from service.schemas import Body, parse
-from service.steps import (
+from service.api.dialects import JSON, error_body, error_reply
+from service.api.jobs import MODEL_TYPES, count_characters, model_type
+from service.api.replies import OCTETS, Spent, off_loop_if_large
+from service.api.steps import (
     ClientGone,
     compute_type,
     read_body,
@@ -27,6 +22,11 @@ from service.steps import (
     unless_gone,
     warm_engine,
 )
+from service.engine import Result
+from service.errors import RequestError, WrongModelError
+from service.logging import get
+from service.metrics import REHEARSAL
+from service.schemas import Body, parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from starlette.datastructures import State
     from starlette.types import Receive, Scope, Send
 
+    from service.api.dialects import Headers
+    from service.api.replies import Encoded
+    from service.api.shapes import Json
     from service.backends.base import Backend
-    from service.dialects import Headers
     from service.engine import Engine
-    from service.replies import Encoded
-    from service.shapes import Json
 
 LOG = get()
 A = TypeVar("A", bound=Body)
