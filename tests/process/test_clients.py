@@ -15,6 +15,7 @@ from base64 import b64decode
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import numpy as np
 import openai
 import pytest
@@ -236,6 +237,11 @@ class TestHuggingFace:
     """huggingface_hub's InferenceClient, with an address instead of a model."""
 
     pytestmark = needs_model
+
+    @pytest.fixture(autouse=True)
+    def online(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """HF_HUB_OFFLINE, which keeps tests off the hub, would keep this client off every server."""
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
     @pytest.mark.parametrize("path", ["", "/embed"])
     def test_feature_extraction_is_encode(self, fleet: Service, golden: Vectors, path: str) -> None:
