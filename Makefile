@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH ?= boot cold_start throughput overload soak
 CODE := service gunicorn_conf.py tests bench
 
 .DEFAULT_GOAL := help
@@ -40,9 +41,8 @@ format: $(STAMP) ## Format the code and apply safe fixes
 	$(BIN)/ruff check --fix --exit-zero $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-bench: $(STAMP) ## Measure boot and cold start on this machine
-	HF_HUB_OFFLINE=1 $(BIN)/python bench/boot.py
-	HF_HUB_OFFLINE=1 $(BIN)/python bench/cold_start.py
+bench: $(STAMP) ## Measure this machine, 50 minutes; BENCH='boot soak' names some of bench/*.py
+	for name in $(BENCH); do HF_HUB_OFFLINE=1 $(BIN)/python bench/$$name.py || exit; done
 
 clean: ## Remove the virtual environment, caches and build output
 	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

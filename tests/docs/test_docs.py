@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 from prometheus_client.metrics import MetricWrapperBase
 
-from service import app, cli, dialects, errors, lifecycle, metrics, ops, settings
+from service import app, cli, errors, lifecycle, metrics, ops, settings
+from service.api import dialects
 from service.collector import BoardCollector
 from service.fleet import Fleet
 from service.lifecycle import Failure, State
