@@ -31,6 +31,9 @@ LOG_S = 1.0
 CPU_BATCH_TOKENS = 512
 """A quarter of a second on one core for a small model; bigger batches gain nothing there."""
 CUDA_BATCH_TOKENS = 16384
+CPU_CONCURRENT_TEXTS = 512
+CUDA_CONCURRENT_TEXTS = 4096
+"""Eight passes of `max_batch_requests`: with fewer, short texts would leave nothing to launch behind one."""
 CPU_WARMUP_S = 0.5
 """An eager CPU model has little that is lazy: the first pass of a shape costs 1.1 to 1.6 times the next."""
 CUDA_WARMUP_S = 60.0
@@ -62,7 +65,7 @@ def boot(
         measure(fleet, slot, backend)
     return Engine(
         backend,
-        _limits(settings, result.max_batch_tokens),
+        _limits(settings, result.max_batch_tokens, cuda=fleet.cuda),
         observer=MetricsObserver(slot, board),
         watchdog=watchdog.forward,
         device_lost=device_lost,
@@ -172,11 +175,12 @@ def measure(fleet: Fleet, slot: int, backend: Backend) -> None:
         )
 
 
-def _limits(settings: Settings, max_batch_tokens: int) -> Limits:
+def _limits(settings: Settings, max_batch_tokens: int, *, cuda: bool) -> Limits:
+    most = CUDA_CONCURRENT_TEXTS if cuda else CPU_CONCURRENT_TEXTS
     return Limits(
         max_batch_tokens=max_batch_tokens,
         max_batch_texts=settings.max_batch_requests,
-        max_concurrent_texts=settings.max_concurrent_requests,
+        max_concurrent_texts=settings.max_concurrent_requests or most,
         max_client_batch_size=settings.max_client_batch_size,
         auto_truncate=settings.auto_truncate,
         forward_timeout_s=settings.forward_timeout,

@@ -5,8 +5,8 @@
                                              │   the next batch is launched while this one computes
     requests ◄── deliver ◄── rows ◄──────────┘
 
-On a CPU `launch` computes, so a batch is delivered before the next is taken. On a GPU two are under way:
-one computes, one waits behind it on the device, which thus never waits for Python.
+On a CPU `launch` computes, so a batch is delivered before the next is taken. On a GPU two may be under way:
+one computes, and what arrives meanwhile is launched behind it, so that the device need not wait for Python.
 
 Whatever goes wrong, no request waits for ever: a batch that fails is computed in parts, and fails for the
 request at fault alone; a device that fails, or a bug in this loop, ends the loop, every request in it,
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 LOG = get()
 DEPTH = 2
 """Batches under way at once on a device that computes by itself."""
+LOOK_S = 0.0005
+"""Between two looks at such a device while nothing is queued."""
 
 
 @dataclass
@@ -115,7 +117,7 @@ class Inference:
     def _compute(self) -> None:
         flights: deque[Flight] = deque()
         while True:
-            entries = self._take(wait=not flights)
+            entries = self._take(flights[0] if flights else None)
             if entries is None:
                 return
             if entries:
@@ -123,11 +125,11 @@ class Inference:
             if flights and (not entries or len(flights) >= DEPTH or flights[0].pending.done()):
                 self._finish(flights.popleft())
 
-    def _take(self, *, wait: bool) -> list[Entry] | None:
-        """Return the next batch; without waiting maybe an empty one; None once closed."""
+    def _take(self, flight: Flight | None) -> list[Entry] | None:
+        """Wait for a batch, but no longer than the device computes; then it is empty. None once closed."""
         with self._changed:
-            while wait and not self._queue and not self._closed:
-                self._changed.wait()
+            while not self._queue and not self._closed and not (flight and self._is_due(flight)):
+                self._changed.wait(LOOK_S if flight else None)
             if self._closed:
                 return None
             limits = BatchLimits(self.passes.room(), self.max_batch_texts, self.passes.backend.padded)
@@ -135,6 +137,11 @@ class Inference:
             if batch:
                 self._taken.append(batch)
             return batch
+
+    def _is_due(self, flight: Flight) -> bool:
+        """Say whether a batch is there, or late: the watchdog guards the wait for its rows alone."""
+        late = time.perf_counter() - flight.began > self.passes.forward_timeout_s
+        return late or flight.pending.done()
 
     def _start(self, entries: list[Entry], flights: deque[Flight]) -> None:
         """Launch a batch; where that fails, settle it at once."""

@@ -232,10 +232,10 @@ class Settings(BaseSettings):
     max_batch_requests: int = setting(
         "max_batch_requests", 512, "Texts in one forward pass.", "MAX_BATCH_REQUESTS", ge=1
     )
-    max_concurrent_requests: int = setting(
+    max_concurrent_requests: int | None = setting(
         "max_concurrent_requests",
-        512,
-        "Texts a worker admits at once; beyond it 429 with `Retry-After`.",
+        None,
+        "Texts a worker admits at once; beyond it 429 with `Retry-After`. Default: 512 on CPU, 4096 on CUDA.",
         "MAX_CONCURRENT_REQUESTS",
         ge=1,
     )

@@ -64,7 +64,9 @@ def test_burst_of_connections_is_spread_evenly(loop: str, tmp_path: Path) -> Non
 def test_keepalive_clients_move_to_the_workers_that_come_later(tmp_path: Path) -> None:
     """64 keep-alive clients that met one warm worker of four are spread over all soon after they are warm."""
     late = scenario(tmp_path, 'stage = "load"\nkind = "slow"\nslots = [1, 2, 3]\nseconds = 4')
-    with Service(environ=late, workers=4, concurrent_loads=4, stub_forward_ms=4) as service:
+    with Service(
+        environ=late, workers=4, concurrent_loads=4, stub_forward_ms=4, max_batch_requests=1
+    ) as service:
         service.wait_state(0, "ready")
         with Crowd(service, 64) as crowd:
             crowd.wait_for(128)

@@ -65,7 +65,7 @@ class FakePending:
     batch: FakeBatch
 
     def done(self) -> bool:
-        return self.backend.immediate
+        return self.backend.immediate or self.backend.through
 
     def rows(self) -> NDArray[np.float32]:
         self.backend.step("rows", self.batch)
@@ -78,12 +78,14 @@ class FakeBackend:
 
     Attributes:
         immediate: computes in `launch`, as a CPU does.
+        through: has computed what was launched, though nobody asked for it.
         trouble: for each stage (collate, launch, rows), what is wrong with a batch, if anything.
         values: the rows of a batch.
         events: (stage, keys), in the order in which it was asked.
     """
 
     immediate: bool = True
+    through: bool = False
     padded: bool = False
     max_tokens: int = 100
     trouble: dict[str, Trouble] = field(default_factory=dict)
@@ -111,6 +113,7 @@ class FakeBackend:
 
     def launch(self, batch: FakeBatch) -> FakePending:
         self.step("launch", batch)
+        self.through = False
         return FakePending(self, batch)
 
     def trim(self) -> None:
@@ -174,6 +177,10 @@ class Bench(BatchObserver):
     def recovered(self, budget: int) -> None:
         self.told.append(("recovered", budget))
 
+    def look(self) -> None:
+        """Nothing more comes while the device computes; a test may say otherwise."""
+        self.backend.through = True
+
     def ask(self, *texts: tuple[int, int], token_vectors: bool = False) -> Ticket:
         """Queue a request of texts as (key, tokens)."""
         number = len(self.tickets)
@@ -190,7 +197,10 @@ class Bench(BatchObserver):
     def run(self) -> None:
         """Run the loop in this thread until every request has ended; it must not wait before that."""
 
-        def idle(*_: object) -> None:
+        def idle(look_s: float | None = None) -> None:
+            if look_s is not None:  # at the device
+                self.look()
+                return
             assert len(self.finished) + sum(t.abandoned for t in self.tickets) >= len(self.tickets), "waits"
             self.inference.close()
 

@@ -101,6 +101,39 @@ def test_the_next_batch_is_launched_while_the_device_computes() -> None:
     assert [keys(ticket) for ticket in tickets] == [[2], [3], [4], [5]]
 
 
+def test_what_comes_while_the_device_computes_is_launched_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop waits for texts and for the device at once: the device finds work when it is through."""
+    bench = Bench(FakeBackend(immediate=False))
+    late = [3]
+
+    def look() -> None:
+        if late:
+            bench.ask((late.pop(), 3))
+        else:
+            bench.backend.through = True
+
+    monkeypatch.setattr(bench, "look", look)
+    bench.ask((2, 3))
+    bench.run()
+    assert bench.backend.events == [("launch", (2,)), ("launch", (3,)), ("rows", (2,)), ("rows", (3,))]
+
+
+def test_a_device_that_hangs_is_left_to_the_watchdog(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `forward_timeout` the loop looks no more, and asks for the rows under the watchdog's deadline."""
+    bench = Bench(FakeBackend(immediate=False))
+
+    def look() -> None:
+        clock[0] += 1.0
+
+    monkeypatch.setattr(bench, "look", look)
+    bench.ask((2, 3))
+    bench.run()
+    assert bench.backend.events == [("launch", (2,)), ("rows", (2,))]
+    assert (clock[0], bench.guarded) == (1008.0, [7.5, 7.5])
+
+
 def test_what_comes_while_a_batch_computes_is_one_batch() -> None:
     """Batches form by themselves: nothing is waited for, and nothing is computed one by one."""
     bench = Bench()
