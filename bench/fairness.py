@@ -57,7 +57,12 @@ def deviation(counts: Iterable[int], workers: int) -> float:
 
 def stub(loop: str, forward_ms: float, args: argparse.Namespace, **settings: str | float) -> Server:
     """Return warmfleet on stub workers that warm one small shape."""
-    chosen = {"backend": "stub", "stub_forward_ms": forward_ms, "warmup_shapes": "1x8", "max_batch_requests": 1}
+    chosen = {
+        "backend": "stub",
+        "stub_forward_ms": forward_ms,
+        "warmup_shapes": "1x8",
+        "max_batch_requests": 1,
+    }
     chosen |= settings
     return harness.warmfleet(workers=args.workers, loop=loop, **chosen)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from service.errors import OverloadedError, TooLargeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 GAIN = 0.1
 """Weight of the newest batch in the drain rate: it follows within ten batches."""
@@ -26,6 +26,7 @@ class Admission:
     Attributes:
         max_texts: admitted at once.
         max_client_batch: texts of one request.
+        rejected: told of the texts for which there was no room.
         texts: admitted and not answered.
         requests: the same, counted in requests.
         seconds_per_text: of the last batches; 0 until there was one.
@@ -33,6 +34,7 @@ class Admission:
 
     max_texts: int
     max_client_batch: int
+    rejected: Callable[[int], None] = lambda _texts: None
     texts: int = 0
     requests: int = 0
     seconds_per_text: float = 0.0
@@ -57,6 +59,7 @@ class Admission:
             msg = f"{texts} texts can never be admitted; at most {self.max_texts} are, split it"
             raise TooLargeError(msg)
         if self.texts + texts > self.max_texts:
+            self.rejected(texts)
             msg = f"{self.texts} texts are in work, of {self.max_texts} at most; try again later"
             raise OverloadedError(msg, retry_after_s=self.texts * self.seconds_per_text)
         self.texts += texts

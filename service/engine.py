@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journey of a request: permit, tokenise, wait for a batch, compute, reply. Worker, event loop.
 
-run ── permit (else 429) ── tokenise ── queue ── batch, forward (service.inference) ── rows
+permit (else 429) ── tokenise ── queue ── batch, forward (service.inference) ── rows ── reply ── permit back
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from service.admission import Admission
 from service.backends.base import Cut
-from service.errors import DeadlineError, InvalidRequestError, OverloadedError
+from service.errors import DeadlineError, InvalidRequestError
 from service.inference import Inference
 from service.passes import BatchObserver, Passes
 from service.tickets import Entry, Ticket
 from service.token_budget import TokenBudget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from concurrent.futures import Executor
     from contextlib import AbstractContextManager
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from service.backends.base import Backend, Encoding, Input, Token
 
+A = TypeVar("A")
 T = TypeVar("T")
 INLINE_CHARACTERS = 2_000
 """Tokenised on the event loop: it takes less than the hop to a thread and back."""
@@ -60,6 +61,18 @@ class Limits:
     request_timeout_s: float
 
 
+class Deadline(NamedTuple):
+    """When the time of a request is up.
+
+    Attributes:
+        limit_s: seconds that it may take.
+        at: when they are over, by the event loop's clock.
+    """
+
+    limit_s: float
+    at: float
+
+
 @dataclass(frozen=True)
 class Job:
     """What a request wants of the model.
@@ -70,7 +83,7 @@ class Job:
         from_left: cut at the beginning instead of the end.
         prompt: put before each text.
         token_vectors: a vector for each token instead of one for each text.
-        timeout_s: seconds, if the client wants to wait for less than `request_timeout`.
+        deadline: when the time is up, if it has begun to run; None: `request_timeout` from now on.
     """
 
     inputs: Sequence[Input]
@@ -78,7 +91,7 @@ class Job:
     from_left: bool = False
     prompt: str = ""
     token_vectors: bool = False
-    timeout_s: float | None = None
+    deadline: Deadline | None = None
 
 
 @dataclass
@@ -107,13 +120,6 @@ class Result:
     rows: list[NDArray[np.float32]]
     times: Times
     tokens: list[int]
-
-    @property
-    def matrix(self) -> NDArray[np.float32]:
-        """Return the rows as one array of shape (inputs, width)."""
-        import numpy as np  # not at the top: numpy starts threads, and the arbiter imports this module
-
-        return np.stack(self.rows) if len(self.rows) > 1 else self.rows[0][None]
 
 
 class Observer(BatchObserver):
@@ -157,7 +163,9 @@ class Engine:
         """
         self.backend, self.limits = backend, limits
         self._observer = observer or Observer()
-        self.admission = Admission(limits.max_concurrent_texts, limits.max_client_batch_size)
+        self.admission = Admission(
+            limits.max_concurrent_texts, limits.max_client_batch_size, self._observer.rejected
+        )
         self.budget = TokenBudget(limits.max_batch_tokens, backend.max_tokens)
         self._passes = Passes(
             backend,
@@ -170,6 +178,7 @@ class Engine:
         )
         self.inference = Inference(self._passes, limits.max_batch_texts, device_lost)
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._lookup_thread = ThreadPoolExecutor(1, thread_name_prefix="lookup")
 
     def start(self, model_thread: Executor) -> None:
         """Begin to compute, on the one thread that may touch the model; it is taken until `close`."""
@@ -178,7 +187,8 @@ class Engine:
     def close(self) -> None:
         """Let the threads end; what runs is not waited for."""
         self.inference.close()
-        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._tokenizer_thread, self._lookup_thread):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     @property
     def observer(self) -> Observer:
@@ -188,54 +198,105 @@ class Engine:
     @observer.setter
     def observer(self, observer: Observer) -> None:
         self._observer = self._passes.observer = observer
+        self.admission.rejected = observer.rejected
 
     @property
     def extra_load(self) -> int:
         """Texts admitted beyond one a request."""
         return self.admission.extra_load
 
+    def deadline(self, timeout_s: float | None = None) -> Deadline:
+        """Let the time of a request run: `request_timeout`, or less if its client waits for less."""
+        limit_s = self.limits.request_timeout_s
+        if timeout_s is not None:
+            limit_s = min(timeout_s, limit_s)
+        return Deadline(limit_s, asyncio.get_running_loop().time() + limit_s)
+
     async def run(self, job: Job) -> Result:
-        """Compute the rows of a request.
+        """Admit a request and compute its rows; the permits return with them. Raises what those raise."""
+        with self.admission.permit(len(job.inputs)):
+            return await self.compute(job)
+
+    async def compute(self, job: Job) -> Result:
+        """Compute the rows of a request that was admitted.
 
         Raises:
-            TooLargeError: more texts than one request may have, or than could ever be admitted.
-            OverloadedError: no room now; says when to come back.
             InvalidRequestError: an input is too long and may not be cut, or has an unknown token id.
             DeadlineError: the time is up.
             InferenceError: the forward pass failed.
             NotReadyError: the device failed; another worker, or this one later, can serve.
         """
-        texts = len(job.inputs)
-        timeout_s = self.limits.request_timeout_s
-        if job.timeout_s is not None:
-            timeout_s = min(job.timeout_s, timeout_s)
-        try:
-            with self.admission.permit(texts):
-                async with asyncio.timeout(timeout_s):
-                    return await self._compute(job)
-        except OverloadedError:
-            self.observer.rejected(texts)
-            raise
-        except TimeoutError:
-            self.observer.dropped("deadline", texts)
-            msg = f"not done within {timeout_s:g} s; send less at once, or allow more (request_timeout)"
-            raise DeadlineError(msg) from None
-        except asyncio.CancelledError:
-            self.observer.dropped("abandoned", texts)
-            raise
+        return await self._in_time(self._compute(job), len(job.inputs), job.deadline)
 
-    async def tokens(self, texts: Sequence[str], *, specials: bool, prompt: str = "") -> list[list[Token]]:
-        """Return the tokens of each text."""
-        return await self._off_loop(partial(self.backend.tokens, texts, specials=specials, prompt=prompt))
+    async def tokens(
+        self,
+        texts: Sequence[str],
+        write: Callable[[list[Token]], T],
+        *,
+        specials: bool,
+        prompt: str = "",
+        deadline: Deadline | None = None,
+    ) -> list[T]:
+        """Return what `write` makes of the tokens of each text; those of all at once would fill the memory.
 
-    async def decode(self, ids: Sequence[Sequence[int]], *, skip_specials: bool) -> list[str]:
+        Raises:
+            DeadlineError: the time is up.
+        """
+
+        def one(text: str) -> T:
+            return write(self.backend.tokens([text], specials=specials, prompt=prompt)[0])
+
+        return await self._look_up(one, texts, deadline)
+
+    async def decode(
+        self, ids: Sequence[Sequence[int]], *, skip_specials: bool, deadline: Deadline | None = None
+    ) -> list[str]:
         """Return the text behind each list of token ids.
 
         Raises:
             InvalidRequestError: an id is not in the vocabulary.
+            DeadlineError: the time is up.
         """
         self._check_ids(ids)
-        return await self._off_loop(partial(self.backend.decode, ids, skip_specials=skip_specials))
+
+        def one(row: Sequence[int]) -> str:
+            return self.backend.decode([row], skip_specials=skip_specials)[0]
+
+        return await self._look_up(one, ids, deadline)
+
+    async def _look_up(self, one: Callable[[A], T], items: Sequence[A], deadline: Deadline | None) -> list[T]:
+        """Ask the tokeniser about one item after another, for one request at a time.
+
+        In a thread of its own: megabytes take seconds, and texts to embed must not wait for them.
+        """
+        wanted = True
+
+        def work() -> list[T]:
+            return [one(item) for item in items if wanted]
+
+        loop = asyncio.get_running_loop()
+
+        async def look_up() -> list[T]:
+            return await loop.run_in_executor(self._lookup_thread, work)
+
+        try:
+            return await self._in_time(look_up(), len(items), deadline)
+        finally:
+            wanted = False  # a thread cannot be cancelled, but need not go on
+
+    async def _in_time(self, work: Coroutine[None, None, T], texts: int, deadline: Deadline | None) -> T:
+        """Wait for the work of an admitted request until its time is up, or its client gone."""
+        limit_s, at = deadline or self.deadline()
+        try:
+            async with asyncio.timeout_at(at):
+                return await work
+        except TimeoutError:
+            self.observer.dropped("deadline", texts)
+            msg = f"not done within {limit_s:g} s; send less at once, or allow more (request_timeout)"
+            raise DeadlineError(msg) from None
+        except asyncio.CancelledError:
+            self.observer.dropped("abandoned", texts)
+            raise
 
     async def _compute(self, job: Job) -> Result:
         began = time.perf_counter()
@@ -264,7 +325,7 @@ class Engine:
         encodings = (
             tokenize()
             if size + len(job.prompt) * len(job.inputs) <= INLINE_CHARACTERS
-            else await self._off_loop(tokenize)
+            else await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, tokenize)
         )
         limit = self.backend.max_tokens
         for index, encoding in enumerate(encodings):
@@ -306,9 +367,6 @@ class Engine:
             self.inference.discard(ticket)
             raise
         return ticket
-
-    async def _off_loop(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, call)
 
 
 def _finish(done: asyncio.Future[None]) -> None:

@@ -2,7 +2,7 @@
 """A pass of the model: launch a batch, wait for its rows; if it fails, compute it in parts. Model thread.
 
 A batch that was out of memory is halved, and later ones are smaller for a while. Any other that fails is
-computed request by request, so that the one at fault fails alone.
+computed request by request, so that the one at fault fails alone; unless a harmless text fails too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from service.token_budget import TokenBudget
 
 LOG = get()
+REPEATS = 3
+"""Requests in a row that fail alike before a harmless text is tried."""
 
 
 class BatchObserver:
@@ -117,20 +119,50 @@ class Passes:
             DeviceLostError: nothing more can be computed.
         """
         work = deque([(entries, error)])
-        while work:
-            part, problem = work.popleft()
-            if isinstance(problem, DeviceLostError):
-                raise problem
-            if isinstance(problem, OutOfMemoryError):
-                self._shrink(part, problem)
-            pieces = halves(part) if isinstance(problem, OutOfMemoryError) else by_request(part)
-            if len(pieces) == 1:
+        bugs = _Bugs()
+        try:
+            while work:
+                part, problem = work.popleft()
+                if isinstance(problem, DeviceLostError):
+                    raise problem
+                if isinstance(problem, OutOfMemoryError):
+                    self._shrink(part, problem)
+                pieces = halves(part) if isinstance(problem, OutOfMemoryError) else by_request(part)
+                if len(pieces) > 1:
+                    work.extend(self._in_parts(pieces))
+                    continue
+                if _is_bug(problem):
+                    bugs.add(problem)
                 _fail(part, self._verdict(problem))
+        finally:
+            bugs.log()
+
+    def _in_parts(self, pieces: list[list[Entry]]) -> list[tuple[list[Entry], Exception]]:
+        """Compute the parts of a failed batch one by one; return those that fail again, and why.
+
+        Once some in a row fail alike, and a harmless text does too, the others are not computed: each
+        would take a pass to fail the same way.
+        """
+        failed: list[tuple[list[Entry], Exception]] = []
+        left = deque(pieces)
+        last: Exception | None = None
+        repeats = 0
+        while left:
+            piece = alive(left.popleft())
+            if not piece:
                 continue
-            for piece in filter(None, map(alive, pieces)):
-                failure = self._retry(piece)
-                if failure is not None:
-                    work.append((piece, failure))
+            failure = self._retry(piece)
+            if failure is not None:
+                failed.append((piece, failure))
+                repeats = repeats + 1 if last is not None and _alike(failure, last) else 1
+            last = failure
+            if failure is not None and repeats == REPEATS and self._always(failure, piece[0]):
+                return failed + [(other, failure) for other in left]
+        return failed
+
+    def _always(self, failure: Exception, like: Entry) -> bool:
+        """Say whether a harmless text fails in the way in which some requests did."""
+        return _is_bug(failure) and type(self._probe(token_vectors=like.token_vectors)) is type(failure)
 
     def _retry(self, entries: list[Entry]) -> Exception | None:
         """Compute a part of a failed batch; return what is wrong with it."""
@@ -147,7 +179,10 @@ class Passes:
         tokens = max(lengths) * len(lengths) if self.backend.padded else sum(lengths)
         worn_out = self.budget.shrink(tokens, time.monotonic())
         LOG.warning(
-            "out of memory in a pass of %d tokens; passes have at most %d for now", tokens, self.budget.now
+            "out of memory in a pass of %d tokens; passes have at most %d for now: %s",
+            tokens,
+            self.budget.now,
+            problem,
         )
         self.observer.out_of_memory(self.budget.now)
         if worn_out:
@@ -156,27 +191,63 @@ class Passes:
     def _verdict(self, problem: Exception) -> RequestError:
         """Say what a request gets whose texts fail by themselves.
 
+        Not in the words of the model's code, which may name paths and shapes: those are in the log.
+
         Raises:
             DeviceLostError: not its texts are at fault.
         """
         if isinstance(problem, OutOfMemoryError):
-            return NotReadyError(f"no memory for this request on the device: {problem}", retry_after_s=1)
+            return NotReadyError("no memory for this request on the device", retry_after_s=1)
         if isinstance(problem, NonFiniteError):
             if not self._computes():
                 raise DeviceLostError(f"{problem}, for any text")
             return InferenceError(f"{problem} for a text of this request")
-        LOG.error("a forward pass failed", exc_info=problem)
-        return InferenceError(f"the model failed on this request: {type(problem).__name__}: {problem}")
+        return InferenceError(f"the model failed on this request: {type(problem).__name__}; the log has more")
 
     def _computes(self) -> bool:
-        """Say whether the model still gives numbers for a harmless text: else the device is at fault."""
+        """Say whether the model still gives numbers for a harmless text: else the device is at fault.
+
+        A device without room for the text proves nothing: its memory may be full of something else.
+        """
+        problem = self._probe()
+        return problem is None or isinstance(problem, OutOfMemoryError)
+
+    def _probe(self, *, token_vectors: bool = False) -> Exception | None:
+        """Compute a harmless text; return what is wrong with it."""
         try:
             with self.watchdog(self.forward_timeout_s):
-                batch = self.backend.collate(self.backend.tokenize([PROBE_WORD], cut=Cut.RIGHT))
-                _check(forward(self.backend, batch), 1)
-        except Exception:  # noqa: BLE001 - whatever the model's code raises
-            return False
-        return True
+                texts = self.backend.tokenize([PROBE_WORD], cut=Cut.RIGHT)
+                batch = self.backend.collate(texts, token_vectors=token_vectors)
+                _check(forward(self.backend, batch), len(texts[0]) if token_vectors else 1)
+        except Exception as error:  # noqa: BLE001 - whatever the model's code raises
+            return without_frames(error)
+        return None
+
+
+class _Bugs:
+    """What the model's code raised for the requests of one batch: told once, not once a request."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[type, str], tuple[Exception, int]] = {}
+
+    def add(self, problem: Exception) -> None:
+        """Count a request that ends with this."""
+        key = (type(problem), str(problem))
+        first, count = self._found.get(key, (problem, 0))
+        self._found[key] = first, count + 1
+
+    def log(self) -> None:
+        """Log each with its text, its traceback and the number of requests."""
+        for problem, count in self._found.values():
+            LOG.error("a forward pass failed for %d of its requests", count, exc_info=problem)
+
+
+def _is_bug(problem: Exception) -> bool:
+    return not isinstance(problem, (OutOfMemoryError, NonFiniteError, DeviceLostError))
+
+
+def _alike(one: Exception, other: Exception) -> bool:
+    return type(one) is type(other) and str(one) == str(other)
 
 
 def _fail(entries: list[Entry], error: RequestError) -> None:

@@ -16,7 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    model_validator,
 )
 
 from service.errors import InvalidRequestError
@@ -32,33 +31,26 @@ from service.inputs import (  # noqa: TC001 - pydantic reads the annotations
 
 B = TypeVar("B", bound="Body")
 
-TEXT_FIELDS = ("inputs", "input", "texts")
-SHOWN = 50
-"""Characters of a client's own words in an error: a field's name may be megabytes long."""
+TEXT_FIELDS = ("inputs", "input", "texts", "sentences")
+ONE_TEXT_FIELDS = ("query", "source_sentence")
 
 # Bodies
 
 
 class Body(BaseModel):
-    """A JSON object; what it does not know is refused, as a client would think it had an effect."""
+    """A JSON object; clients send more than is known here, which is ignored, as OpenAI and TEI do."""
 
-    model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": False})
+    model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": True})
 
     @property
     def sent(self) -> Sequence[str | tuple[str, str] | list[int]]:
         """Return the texts that were sent."""
         return ()
 
-    @model_validator(mode="before")
-    @classmethod
-    def refuse_unknown(cls, data: Any) -> Any:  # noqa: ANN401 - JSON
-        """Refuse the first unknown field; pydantic would make an error of each of a hundred thousand."""
-        if isinstance(data, dict):
-            for name in data:
-                if name not in cls.model_fields:
-                    known = ", ".join(cls.model_fields)
-                    raise InvalidRequestError(f"{name[:SHOWN]}: unknown field; known are {known}")
-        return data
+    @property
+    def permits(self) -> int:
+        """Return how many texts it counts as."""
+        return len(self.sent)
 
 
 class Truncation(Body):
@@ -127,12 +119,22 @@ class TokenizeBody(Body):
     add_special_tokens: bool = True
     prompt_name: str | None = None
 
+    @property
+    def sent(self) -> Sequence[str | tuple[str, str] | list[int]]:
+        """Return the texts that were sent."""
+        return self.inputs
+
 
 class DecodeBody(Body):
     """The body of `/decode`."""
 
     ids: IdLists = Field(description="Token ids, or lists of them.")
     skip_special_tokens: bool = True
+
+    @property
+    def sent(self) -> Sequence[str | tuple[str, str] | list[int]]:
+        """Return the token ids that were sent."""
+        return self.ids
 
 
 class RerankBody(Truncation):
@@ -147,6 +149,11 @@ class RerankBody(Truncation):
     def sent(self) -> Sequence[str | tuple[str, str] | list[int]]:
         """Return the texts that were sent."""
         return [self.query, *self.texts]
+
+    @property
+    def permits(self) -> int:
+        """Return its pairs."""
+        return len(self.texts)
 
 
 class PredictBody(Truncation):
@@ -166,9 +173,7 @@ class PredictManyBody(PredictBody):
 
 
 class OpenAIBody(Body):
-    """The body of `/v1/embeddings`. Clients send more than that; it is ignored."""
-
-    model_config = ConfigDict(strict=True, json_schema_extra={"additionalProperties": True})
+    """The body of `/v1/embeddings`."""
 
     input: Inputs = Field(description="A text, a list of texts, token ids, or lists of them.")
     model: str | None = Field(None, description="Ignored, unless `check_model` is set.")
@@ -184,12 +189,6 @@ class OpenAIBody(Body):
     def sent(self) -> Sequence[str | tuple[str, str] | list[int]]:
         """Return the texts that were sent."""
         return self.input
-
-    @model_validator(mode="before")
-    @classmethod
-    def refuse_unknown(cls, data: Any) -> Any:  # noqa: ANN401 - JSON
-        """Take everything."""
-        return data
 
 
 # Bytes to bodies
@@ -234,23 +233,32 @@ def read_json(raw: bytes) -> Any:  # noqa: ANN401 - JSON
 
 
 def _place_of_broken_text(raw: bytes) -> str | None:
-    """Return field and index of the first text with a lone surrogate or invalid UTF-8, if there is one."""
+    """Return the place of the first text with a lone surrogate or invalid UTF-8, if there is one."""
     try:
         data = json.loads(raw.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
         return None
     fields = data if isinstance(data, dict) else {"inputs": data}
+    if isinstance(inputs := fields.get("inputs"), dict):  # of `/similarity`
+        fields = inputs
+    for field in ONE_TEXT_FIELDS:
+        if _is_broken(fields.get(field)):
+            return field
     for field in TEXT_FIELDS:
         value = fields.get(field)
-        for index, text in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(text, str) and not _is_unicode(text):
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            if _is_broken(item):
                 return f"{field}.{index}"
+            for number, text in enumerate(item if isinstance(item, list) else ()):  # a pair
+                if _is_broken(text):
+                    return f"{field}.{index}.{number}"
     return None
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _is_broken(text: object) -> bool:
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return True
+    return False

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
     from service.backends.base import Encoding
     from service.errors import RequestError
+
+
+WASTE = 2
+"""A request may keep so many times the memory of its own token vectors."""
 
 
 class Ticket:
@@ -82,14 +87,24 @@ class Entry:
 
 
 def deliver(entries: list[Entry], rows: NDArray[np.float32]) -> None:
-    """Hand each text its row, or the rows of its tokens."""
+    """Hand each text its row, or, if the batch is of those, the vectors of its tokens."""
+    if entries[0].token_vectors:
+        _deliver_token_vectors(entries, rows)
+        return
+    for entry, row in zip(entries, rows, strict=True):
+        entry.owner.receive(entry.index, row)
+
+
+def _deliver_token_vectors(entries: list[Entry], rows: NDArray[np.float32]) -> None:
+    """Copy the share of a small request: a view of it would keep the whole batch, which may be 100 MB."""
+    shares: Counter[Ticket] = Counter()
+    for entry in entries:
+        shares[entry.owner] += entry.length
     start = 0
-    for number, entry in enumerate(entries):
-        if entry.token_vectors:
-            entry.owner.receive(entry.index, rows[start : start + entry.length])
-            start += entry.length
-        else:
-            entry.owner.receive(entry.index, rows[number])
+    for entry in entries:
+        own = rows[start : start + entry.length]
+        start += entry.length
+        entry.owner.receive(entry.index, own.copy() if len(rows) > WASTE * shares[entry.owner] else own)
 
 
 def alive(entries: list[Entry]) -> list[Entry]:

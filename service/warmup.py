@@ -26,8 +26,8 @@ GAIN = 0.95
 SPREAD = 1.5
 """Warm means that the last rounds' median is within this factor of the best."""
 SHORT_TOKENS = 8
-UNIT_TOLERANCE = 2e-2
-"""Of the length of a vector; half precision rounds to about 1e-2."""
+UNIT_TOLERANCE = 1e-3
+"""Of the length of a vector; rows are normalised in float32, whatever the model computes in."""
 SAME_TOLERANCE = 1e-2
 
 

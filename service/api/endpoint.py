@@ -7,6 +7,7 @@ It is plain ASGI and plain calls: FastAPI's solving of dependencies would cost m
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
@@ -15,9 +16,11 @@ from service.api.jobs import MODEL_TYPES, count_characters, model_type
 from service.api.replies import OCTETS, Spent, off_loop_if_large
 from service.api.steps import (
     ClientGone,
+    LateBodyError,
     compute_type,
     read_body,
     request_id_of,
+    send_reply,
     timeout_of,
     unless_gone,
     warm_engine,
@@ -38,13 +41,10 @@ if TYPE_CHECKING:
     from service.api.replies import Encoded
     from service.api.shapes import Json
     from service.backends.base import Backend
-    from service.engine import Engine
+    from service.engine import Deadline, Engine
 
 LOG = get()
 A = TypeVar("A", bound=Body)
-
-FIELDS_OF_A_TOKEN = 20
-"""A token on `/tokenize` takes as long to write as so many numbers."""
 
 
 class Endpoint(Generic[A]):
@@ -76,38 +76,44 @@ class Endpoint(Generic[A]):
         began = time.perf_counter()
         given = dict(scope["headers"])
         request_id = request_id_of(given.get(b"x-request-id", b""))
-        try:
-            status, headers, body = await self._answer(scope, receive, given, began)
-        except ClientGone:
-            return
-        except RequestError as error:
-            status, headers, body = error_reply(scope["path"], error, request_id.decode())
-            if status == 500:  # noqa: PLR2004 - the other errors are counted, not logged
-                LOG.error("request %s failed: %s", request_id.decode(), error)  # noqa: TRY400 - told where it arose
-        except Exception:
-            LOG.exception("request %s to %s failed", request_id.decode(), scope["path"])
-            message = f"an error of ours, not of the request (request {request_id.decode()})"
-            status, headers, body = 500, [JSON], error_body(scope["path"], 500, message, "backend")
-        headers += [(b"content-length", b"%d" % len(body)), (b"x-request-id", request_id)]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        with ExitStack() as held:  # permits: also what is written, and waits for its client, takes memory
+            try:
+                status, headers, body = await self._answer(scope, receive, given, began, held)
+            except ClientGone:
+                return
+            except RequestError as error:
+                status, headers, body = error_reply(scope["path"], error, request_id.decode())
+                if status == 500:  # noqa: PLR2004 - the other errors are counted, not logged
+                    LOG.error("request %s failed: %s", request_id.decode(), error)  # noqa: TRY400 - told where it arose
+                if isinstance(error, LateBodyError):
+                    headers.append((b"connection", b"close"))
+            except Exception:
+                LOG.exception("request %s to %s failed", request_id.decode(), scope["path"])
+                message = f"an error of ours, not of the request (request {request_id.decode()})"
+                status, headers, body = 500, [JSON], error_body(scope["path"], 500, message, "backend")
+            headers += [(b"content-length", b"%d" % len(body)), (b"x-request-id", request_id)]
+            try:
+                await send_reply(send, status, headers, body, self.state.settings.request_timeout)
+            except TimeoutError:
+                LOG.warning("request %s: its client did not take the reply in time", request_id.decode())
 
     async def _answer(
-        self, scope: Scope, receive: Receive, given: dict[bytes, bytes], began: float
+        self, scope: Scope, receive: Receive, given: dict[bytes, bytes], began: float, held: ExitStack
     ) -> tuple[int, Headers, bytes]:
-        """Tell the story of a request: key, engine, body, model, reply."""
+        """Tell the story of a request: key, engine, body, permits, model, reply."""
         if REHEARSAL not in scope.get("state", ()):
             self.state.keys.check(given.get(b"authorization", b""))
         engine = warm_engine(self.state, scope)
         endpoint = self.serving(engine.backend)
-        timeout_s = timeout_of(given.get(b"x-request-timeout"))
-        raw = await read_body(receive, given, self.state.settings.max_body_bytes)
+        deadline = engine.deadline(timeout_of(given.get(b"x-request-timeout")))
+        raw = await read_body(receive, given, self.state.settings.max_body_bytes, deadline)
         asked = endpoint.parse(raw)
-        result = await unless_gone(receive, endpoint.compute(engine, asked, timeout_s))
+        held.enter_context(engine.admission.permit(asked.permits))
+        result = await unless_gone(receive, endpoint.compute(engine, asked, deadline))
         encoding = time.perf_counter()
         octets = endpoint.octets and OCTETS[1] in given.get(b"accept", b"")
         encode = partial(endpoint.encode, engine, asked, result, octets=octets)
-        encoded = await off_loop_if_large(_floats(result), encode)
+        encoded = await off_loop_if_large(_size(result), encode)
         engine.observer.encoded(time.perf_counter() - encoding)
         headers = [*encoded.headers]
         if isinstance(result, Result):
@@ -134,7 +140,7 @@ class Endpoint(Generic[A]):
         """Check what was sent."""
         return cast("A", parse(self.takes[0], raw))
 
-    async def compute(self, engine: Engine, asked: A, timeout_s: float | None) -> Any:  # noqa: ANN401 - the endpoint's own
+    async def compute(self, engine: Engine, asked: A, deadline: Deadline) -> Any:  # noqa: ANN401 - the endpoint's own
         """Ask the engine."""
         raise NotImplementedError
 
@@ -143,8 +149,8 @@ class Endpoint(Generic[A]):
         raise NotImplementedError
 
 
-def _floats(result: object) -> int:
-    """Return how many numbers a reply has, about."""
+def _size(result: object) -> int:
+    """Return how many numbers, or characters, a reply has."""
     if isinstance(result, Result):
         return sum(row.size for row in result.rows)
-    return sum(map(len, result)) * FIELDS_OF_A_TOKEN if isinstance(result, list) else 0
+    return sum(map(len, result)) if isinstance(result, list) else 0

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from service.backends.base import Kind
 from service.engine import Job
-from service.errors import InvalidRequestError, TooLargeError
+from service.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence, Sized
+    from collections.abc import Sequence
 
     from service.backends.base import Backend, Input
-    from service.engine import Limits
+    from service.engine import Deadline
     from service.schemas import Truncation
 
 MODEL_TYPES = ("embedding", "sparse", "reranker", "classifier")
@@ -44,7 +44,7 @@ def prompt_of(backend: Backend, name: str | None) -> str:
 def job_of(
     asked: Truncation,
     inputs: Sequence[Input],
-    timeout_s: float | None,
+    deadline: Deadline,
     *,
     prompt: str = "",
     token_vectors: bool = False,
@@ -56,7 +56,7 @@ def job_of(
         from_left=asked.truncation_direction == "left",
         prompt=prompt,
         token_vectors=token_vectors,
-        timeout_s=timeout_s,
+        deadline=deadline,
     )
 
 
@@ -64,13 +64,6 @@ def check_dimensions(dimensions: int | None, backend: Backend) -> None:
     """Refuse more numbers than the model's vectors have."""
     if dimensions is not None and dimensions > backend.dimension:
         raise InvalidRequestError(f"dimensions: the model's vectors have {backend.dimension}, ask for fewer")
-
-
-def check_batch(items: Sized, limits: Limits) -> None:
-    """Refuse more texts than one request may have, where the engine admits nothing."""
-    if len(items) > limits.max_client_batch_size:
-        most = limits.max_client_batch_size
-        raise TooLargeError(f"{len(items)} texts in one request; at most {most} are taken, split it")
 
 
 def count_characters(texts: Sequence[Input]) -> int:

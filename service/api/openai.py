@@ -15,7 +15,7 @@ from service.schemas import OpenAIBody
 
 if TYPE_CHECKING:
     from service.api.replies import Rows
-    from service.engine import Engine, Result
+    from service.engine import Deadline, Engine, Result
     from service.settings import Settings
 
 OWNER = "warmfleet"
@@ -60,13 +60,13 @@ class Embeddings(Endpoint[OpenAIBody]):
     answers = EMBEDDINGS
     octets = True
 
-    async def compute(self, engine: Engine, asked: OpenAIBody, timeout_s: float | None) -> Result:
+    async def compute(self, engine: Engine, asked: OpenAIBody, deadline: Deadline) -> Result:
         """Embed, as `model.encode` does."""
         settings = self.state.settings
         if settings.check_model and asked.model is not None:
             check_name(settings, asked.model)
         check_dimensions(asked.dimensions, engine.backend)
-        return await engine.run(Job(asked.input, prompt=engine.backend.default_prompt, timeout_s=timeout_s))
+        return await engine.compute(Job(asked.input, prompt=engine.backend.default_prompt, deadline=deadline))
 
     def encode(self, engine: Engine, asked: OpenAIBody, result: Result, *, octets: bool) -> Encoded:
         """Write each vector with its index, as numbers or in base64."""

@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from service.api.dialects import Headers
+    from service.backends.base import Token
     from service.engine import Result
 
     Rows = Sequence[NDArray[np.float32]]
 
 INLINE_FLOATS = 50_000
 """Written on the event loop: a millisecond of JSON, a quarter of that as base64. More goes to a thread."""
+TOKEN_KEYS = ("id", "text", "special", "start", "stop")
+TOKENS_AT_ONCE = 1_000
 OCTETS = (b"content-type", b"application/octet-stream")
 
 
@@ -52,7 +55,24 @@ def encode_rows(rows: Rows | NDArray[np.float32]) -> bytes:
     """
     if sum(row.size for row in rows) <= INLINE_FLOATS:
         return _encode(rows)
-    return b"[" + b",".join(encode_rows(row) if row.ndim > 1 else _encode(row) for row in rows) + b"]"
+    return join_json([encode_rows(row) if row.ndim > 1 else _encode(row) for row in rows])
+
+
+def join_json(values: Sequence[bytes]) -> bytes:
+    """Write a JSON list of what is JSON already; it is copied once, as it may have 100 MB."""
+    parts = [part for value in values for part in (b",", value)]
+    return b"".join([b"[", *parts[1:], b"]"])
+
+
+def write_tokens(tokens: Sequence[Token]) -> bytes:
+    """Write the tokens of a text as JSON; some at a time, as a megabyte of text has half a million."""
+    lists = [
+        orjson.dumps(
+            [dict(zip(TOKEN_KEYS, token, strict=True)) for token in tokens[start : start + TOKENS_AT_ONCE]]
+        )
+        for start in range(0, len(tokens), TOKENS_AT_ONCE)
+    ]
+    return join_json([some[1:-1] for some in lists])
 
 
 def _encode(value: Any) -> bytes:  # noqa: ANN401 - JSON

@@ -13,7 +13,7 @@ from service.schemas import PredictBody, PredictManyBody, RerankBody, check, rea
 
 if TYPE_CHECKING:
     from service.api.replies import Rows
-    from service.engine import Engine, Result
+    from service.engine import Deadline, Engine, Result
 
 
 class Rerank(Endpoint[RerankBody]):
@@ -25,9 +25,9 @@ class Rerank(Endpoint[RerankBody]):
     takes = (RerankBody,)
     answers = list_of(object_of({"index": INTEGER, "score": NUMBER}, {"text": STRING}))
 
-    async def compute(self, engine: Engine, asked: RerankBody, timeout_s: float | None) -> Result:
+    async def compute(self, engine: Engine, asked: RerankBody, deadline: Deadline) -> Result:
         """Score the query with each text."""
-        return await engine.run(job_of(asked, [(asked.query, text) for text in asked.texts], timeout_s))
+        return await engine.compute(job_of(asked, [(asked.query, text) for text in asked.texts], deadline))
 
     def encode(self, engine: Engine, asked: RerankBody, result: Result, *, octets: bool) -> Encoded:
         """Write the best first; of equal ones the earlier."""
@@ -59,9 +59,9 @@ class Predict(Endpoint[PredictBody]):
         many = isinstance(inputs, list) and any(isinstance(item, list) for item in inputs)
         return check(PredictManyBody if many else PredictBody, data)
 
-    async def compute(self, engine: Engine, asked: PredictBody, timeout_s: float | None) -> Result:
+    async def compute(self, engine: Engine, asked: PredictBody, deadline: Deadline) -> Result:
         """Score each input."""
-        return await engine.run(job_of(asked, asked.inputs, timeout_s))
+        return await engine.compute(job_of(asked, asked.inputs, deadline))
 
     def encode(self, engine: Engine, asked: PredictBody, result: Result, *, octets: bool) -> Encoded:
         """Write the labels of each input, the most likely first."""

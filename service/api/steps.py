@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a request around the model: id, engine, time limit, body, client. Worker, event loop."""
+"""The steps of a request around the model: id, engine, time limit, body, client, reply. Worker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from service.errors import InvalidRequestError, NotReadyError, TooLargeError
+from service.errors import DeadlineError, InvalidRequestError, NotReadyError, TooLargeError
 from service.metrics import REHEARSAL
 from service.slots import CPU
 
@@ -17,19 +17,26 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
 
     from starlette.datastructures import State
-    from starlette.types import Receive, Scope
+    from starlette.types import Receive, Scope, Send
 
-    from service.engine import Engine
+    from service.api.dialects import Headers
+    from service.engine import Deadline, Engine
 
 T = TypeVar("T")
 
 WATCH_AFTER_S = 0.02
 """Only a request that takes longer is watched for a client that leaves: the watch costs a task."""
+PIECE_BYTES = 1 << 20
+"""A reply is handed over in such pieces, the next when the client has taken most of the one before."""
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 
 class ClientGone(Exception):  # noqa: N818 - nobody's error
     """The client has left; there is nobody to answer."""
+
+
+class LateBodyError(DeadlineError):
+    """The body did not arrive in time; what may still come of it is not read."""
 
 
 def request_id_of(given: bytes) -> bytes:
@@ -59,24 +66,28 @@ def timeout_of(given: bytes | None) -> float | None:
     return seconds
 
 
-async def read_body(receive: Receive, given: Mapping[bytes, bytes], limit: int) -> bytes:
-    """Read the body up to the limit, and no further."""
+async def read_body(receive: Receive, given: Mapping[bytes, bytes], limit: int, deadline: Deadline) -> bytes:
+    """Read the body up to the limit, and no further, nor for longer than the request may take."""
     length = given.get(b"content-length", b"")
     too_large = f"the body is larger than the limit of {limit} bytes; split the request"
     if length.isdigit() and (len(length) > len(str(limit)) or int(length) > limit):
         raise TooLargeError(too_large)
     chunks, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            raise TooLargeError(too_large)
-        chunks.append(chunk)
-        if not message.get("more_body"):
-            return b"".join(chunks)
+    try:
+        async with asyncio.timeout_at(deadline.at):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                if size > limit:
+                    raise TooLargeError(too_large)
+                chunks.append(chunk)
+                if not message.get("more_body"):
+                    return b"".join(chunks)
+    except TimeoutError:
+        raise LateBodyError(f"the body did not arrive within {deadline.limit_s:g} s") from None
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -107,3 +118,20 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 def compute_type(state: State) -> bytes:
     """Return what computes, for the header."""
     return b"cpu" if state.fleet is None or tuple(state.fleet.devices) == (CPU,) else b"gpu"
+
+
+async def send_reply(send: Send, status: int, headers: Headers, body: bytes, timeout_s: float) -> None:
+    """Send a reply; the last piece is left to the server, all before it have been taken by the client.
+
+    Raises:
+        TimeoutError: a large reply was not taken in time; the server breaks the connection.
+    """
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    if len(body) <= PIECE_BYTES:
+        await send({"type": "http.response.body", "body": body})
+        return
+    async with asyncio.timeout(timeout_s):
+        for start in range(0, len(body), PIECE_BYTES):
+            end = start + PIECE_BYTES
+            piece = body[start:end]
+            await send({"type": "http.response.body", "body": piece, "more_body": end < len(body)})

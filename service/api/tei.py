@@ -6,8 +6,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from service.api.endpoint import Endpoint
-from service.api.jobs import check_batch, check_dimensions, job_of, model_type, prompt_of
-from service.api.replies import Encoded, encode_json, encode_octets, encode_rows, unit_rows
+from service.api.jobs import check_dimensions, job_of, model_type, prompt_of
+from service.api.replies import (
+    Encoded,
+    encode_json,
+    encode_octets,
+    encode_rows,
+    join_json,
+    unit_rows,
+    write_tokens,
+)
 from service.api.scoring import Predict, Rerank
 from service.api.shapes import INTEGER, NUMBER, STRING, TOKEN, VECTORS, Json, list_of, object_of
 from service.errors import InvalidRequestError
@@ -29,8 +37,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from service.api.replies import Rows
-    from service.backends.base import Backend, Token
-    from service.engine import Engine, Result
+    from service.backends.base import Backend
+    from service.engine import Deadline, Engine, Result
 
 
 class Embed(Endpoint[EmbedBody]):
@@ -48,14 +56,14 @@ class Embed(Endpoint[EmbedBody]):
         data = read_json(raw)
         return check(BareBody, {"inputs": data}) if isinstance(data, list) else check(EmbedBody, data)
 
-    async def compute(self, engine: Engine, asked: EmbedBody, timeout_s: float | None) -> Result:
+    async def compute(self, engine: Engine, asked: EmbedBody, deadline: Deadline) -> Result:
         """Embed; refuse what the model cannot give before it computes."""
         backend = engine.backend
         check_dimensions(asked.dimensions, backend)
         if asked.normalize is False and backend.normalized:
             raise InvalidRequestError("normalize: the model itself gives unit length; false is not to be had")
         prompt = prompt_of(backend, asked.prompt_name)
-        return await engine.run(job_of(asked, asked.inputs, timeout_s, prompt=prompt))
+        return await engine.compute(job_of(asked, asked.inputs, deadline, prompt=prompt))
 
     def encode(self, engine: Engine, asked: EmbedBody, result: Result, *, octets: bool) -> Encoded:
         """Write the vectors in the shape of the request."""
@@ -77,10 +85,10 @@ class EmbedAll(Endpoint[VectorsBody]):
     takes = (VectorsBody,)
     answers = list_of(VECTORS)
 
-    async def compute(self, engine: Engine, asked: VectorsBody, timeout_s: float | None) -> Result:
+    async def compute(self, engine: Engine, asked: VectorsBody, deadline: Deadline) -> Result:
         """Embed, without the pooling."""
         prompt = prompt_of(engine.backend, asked.prompt_name)
-        return await engine.run(job_of(asked, asked.inputs, timeout_s, prompt=prompt, token_vectors=True))
+        return await engine.compute(job_of(asked, asked.inputs, deadline, prompt=prompt, token_vectors=True))
 
     def encode(self, engine: Engine, asked: VectorsBody, result: Result, *, octets: bool) -> Encoded:
         """Write a list of vectors for each text."""
@@ -96,10 +104,10 @@ class EmbedSparse(EmbedAll):
     serves = ("sparse",)
     answers = list_of(list_of(object_of({"index": INTEGER, "value": NUMBER})))
 
-    async def compute(self, engine: Engine, asked: VectorsBody, timeout_s: float | None) -> Result:
+    async def compute(self, engine: Engine, asked: VectorsBody, deadline: Deadline) -> Result:
         """Embed."""
         prompt = prompt_of(engine.backend, asked.prompt_name)
-        return await engine.run(job_of(asked, asked.inputs, timeout_s, prompt=prompt))
+        return await engine.compute(job_of(asked, asked.inputs, deadline, prompt=prompt))
 
     def encode(self, engine: Engine, asked: VectorsBody, result: Result, *, octets: bool) -> Encoded:
         """Write the numbers that are not zero, with their place in the vocabulary."""
@@ -121,11 +129,11 @@ class Similarity(Endpoint[SimilarityBody]):
     takes = (SimilarityBody,)
     answers = list_of(NUMBER)
 
-    async def compute(self, engine: Engine, asked: SimilarityBody, timeout_s: float | None) -> Result:
+    async def compute(self, engine: Engine, asked: SimilarityBody, deadline: Deadline) -> Result:
         """Embed all texts at once, the source first."""
         options = asked.parameters or SimilarityParameters()
         prompt = prompt_of(engine.backend, options.prompt_name)
-        return await engine.run(job_of(options, asked.sent, timeout_s, prompt=prompt))
+        return await engine.compute(job_of(options, asked.sent, deadline, prompt=prompt))
 
     def encode(self, engine: Engine, asked: SimilarityBody, result: Result, *, octets: bool) -> Encoded:
         """Write a cosine for each sentence."""
@@ -142,22 +150,18 @@ class Tokenize(Endpoint[TokenizeBody]):
     takes = (TokenizeBody,)
     answers = list_of(list_of(TOKEN))
 
-    async def compute(
-        self, engine: Engine, asked: TokenizeBody, timeout_s: float | None
-    ) -> list[list[Token]]:
-        """Ask the tokenizer alone."""
-        del timeout_s
-        check_batch(asked.inputs, engine.limits)
+    async def compute(self, engine: Engine, asked: TokenizeBody, deadline: Deadline) -> list[bytes]:
+        """Ask the tokenizer alone; each text's tokens are JSON before those of the next are made."""
         prompt = prompt_of(engine.backend, asked.prompt_name)
-        return await engine.tokens(asked.inputs, specials=asked.add_special_tokens, prompt=prompt)
+        specials = asked.add_special_tokens
+        return await engine.tokens(
+            asked.inputs, write_tokens, specials=specials, prompt=prompt, deadline=deadline
+        )
 
-    def encode(
-        self, engine: Engine, asked: TokenizeBody, result: list[list[Token]], *, octets: bool
-    ) -> Encoded:
-        """Write the tokens with their places, in characters."""
+    def encode(self, engine: Engine, asked: TokenizeBody, result: list[bytes], *, octets: bool) -> Encoded:
+        """Write the tokens of all texts."""
         del engine, asked, octets
-        keys = ("id", "text", "special", "start", "stop")
-        return encode_json([[dict(zip(keys, token, strict=True)) for token in row] for row in result])
+        return Encoded(join_json(result))
 
 
 class Decode(Endpoint[DecodeBody]):
@@ -168,11 +172,9 @@ class Decode(Endpoint[DecodeBody]):
     takes = (DecodeBody,)
     answers = list_of(STRING)
 
-    async def compute(self, engine: Engine, asked: DecodeBody, timeout_s: float | None) -> list[str]:
+    async def compute(self, engine: Engine, asked: DecodeBody, deadline: Deadline) -> list[str]:
         """Ask the tokenizer alone."""
-        del timeout_s
-        check_batch(asked.ids, engine.limits)
-        return await engine.decode(asked.ids, skip_specials=asked.skip_special_tokens)
+        return await engine.decode(asked.ids, skip_specials=asked.skip_special_tokens, deadline=deadline)
 
     def encode(self, engine: Engine, asked: DecodeBody, result: list[str], *, octets: bool) -> Encoded:
         """Write the texts."""

@@ -93,7 +93,8 @@ def _kernel(
     from torch.nn.attention.varlen import varlen_attn
 
     sides = (-1, -1) if window is None else (window, window)
-    q, k, v = (t.contiguous() for t in (query, key, value))
+    # The kernel takes any strides but that of the last dimension: slices of one product need no copy.
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     starts, longest = bounds.cumulative, bounds.longest
     out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=sides)
     return cast("torch.Tensor", out)  # a pair only where more is asked for

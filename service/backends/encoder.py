@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,15 +166,20 @@ class _RelativeBias:
     """MPNet's: what is added to a score depends on how far apart two tokens are."""
 
     def __init__(self, encoder: Any) -> None:  # noqa: ANN401 - an untyped module of transformers
-        self._encoder = encoder
+        # Not the encoder: its layers shall not stay in memory for this.
+        self._parts = SimpleNamespace(
+            relative_attention_bias=encoder.relative_attention_bias,
+            relative_position_bucket=encoder.relative_position_bucket,
+        )
+        self._compute = type(encoder).compute_position_bias
         self._known = torch.empty(0, 0, 0)
 
     def __call__(self, length: int) -> torch.Tensor:
         """Return the biases for a length, shape (heads, length, length)."""
         if self._known.shape[-1] < length:
             size = 1 << (length - 1).bit_length()
-            weight = self._encoder.relative_attention_bias.weight
-            self._known = self._encoder.compute_position_bias(weight.new_empty(1, size, 0))[0].detach()
+            weight = self._parts.relative_attention_bias.weight
+            self._known = self._compute(self._parts, weight.new_empty(1, size, 0))[0].detach()
         return self._known[:, :length, :length]
 
 

@@ -15,10 +15,11 @@ import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import select_max_active_dims
+from torch.nn import functional
 
 from service.backends import kinds
 from service.backends.base import Batch, Cut, DeviceMemory, Done, Encoding, Input, Kind, Pending, Token
-from service.backends.packing import PACKED, Collated, PaddedRoute, Route, agree, first_position
+from service.backends.packing import PACKED, Collated, EncoderRoute, PaddedRoute, Route, agree, first_position
 from service.backends.tokenizer import Tokenizer
 from service.errors import DeviceLostError, ModelError, OutOfMemoryError
 from service.logging import get
@@ -47,6 +48,8 @@ LONGEST = 8192
 """Longest input of a model that declares no limit."""
 UNLIMITED = 1_000_000
 """Tokenizers without a limit say 10^30."""
+NO_MEMORY = ("out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory")
+"""In errors that are not torch.OutOfMemoryError: of CUDA, of its libraries, of torch's allocator on a CPU."""
 
 # A bar on stderr garbles the log, and its monitor thread would make the arbiter unsafe to fork.
 tqdm.tqdm.monitor_interval = 0
@@ -79,7 +82,8 @@ class OnDevice:
         self._host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         self._host.copy_(rows, non_blocking=True)
         self._order = order
-        self._event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch types it in part
+        # Blocking: to wait for any other keeps a core busy, in each worker.
+        self._event: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # typed in part
         self._event.record()
 
     def done(self) -> bool:
@@ -204,6 +208,7 @@ class TorchBackend:
         else:
             torch.set_num_threads(threads)
         self._use(self._choose())
+        self._let_go()
 
     # Routes
 
@@ -244,6 +249,16 @@ class TorchBackend:
         self._route = route
         self.packing, self.padded = route.name, route.padded
 
+    def _let_go(self) -> None:
+        """Free the weights that no pass reads: of other ways, and on a GPU of the transformer's layers.
+
+        On a CPU the layers stay: their weights are pages of the file, which the workers share.
+        """
+        self._routes = [route for route in self._routes if route is self._route]
+        if self._cuda and isinstance(self._route, EncoderRoute):
+            self._model[0].model = None  # the route keeps what it reads of it
+        self.trim()
+
     def _compute(self, route: Route, texts: Sequence[Encoding]) -> torch.Tensor:
         """Return the rows of some texts, in order, where they were computed."""
         collated = self._to_device(route.collate(texts, pinned=False))
@@ -275,7 +290,11 @@ class TorchBackend:
             )
 
     def launch(self, batch: Batch) -> Pending:
-        """Run every module of the model: transformer, pooling and whatever follows."""
+        """Run every module of the model: transformer, pooling and whatever follows.
+
+        On a GPU some of them wait for the device, so that the next batch is launched later: SPLADE's pooling
+        (`tolist`), weighted means, and prompts that the pooling leaves out (indexing by a mask).
+        """
         if not isinstance(batch, TorchBatch):
             msg = f"not a batch of this backend: {type(batch).__name__}"
             raise TypeError(msg)
@@ -286,7 +305,7 @@ class TorchBackend:
                 rows = self._token_rows(features)
                 order = _token_order(collated)
             else:
-                rows = self._rows(features).float()
+                rows = self._float32(self._rows(features))
                 order = torch.tensor(_inverse(collated.order))
             if self._cuda:
                 return OnDevice(rows, order)
@@ -308,10 +327,17 @@ class TorchBackend:
         most = getattr(self._model, "max_active_dims", None)
         return select_max_active_dims(rows, most) if most else rows
 
+    def _float32(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows in float32, of unit length again where half precision has rounded that away."""
+        if rows.dtype is torch.float32:
+            return rows
+        return functional.normalize(rows.float(), dim=1) if self.normalized else rows.float()
+
     def _token_rows(self, features: dict[str, Any]) -> torch.Tensor:
         """Return the vectors of the real tokens, text after text, shape (tokens, hidden)."""
         vectors: torch.Tensor = features["token_embeddings"]
         mask = features.get("attention_mask")
+        # Indexing by a mask waits for the device: it must know how many rows there are.
         return (vectors[0] if mask is None else vectors[mask.bool()]).float()
 
     def _to_device(self, collated: Collated) -> Collated:
@@ -393,11 +419,13 @@ def _device_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(_first_line(error)) from error
-    except torch.AcceleratorError as error:
-        raise DeviceLostError(_first_line(error)) from error
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # torch's allocator on CPU
-            raise OutOfMemoryError(_first_line(error)) from error
+        # Pinned memory, kernels and workspaces that find no room leave the device as it was.
+        problem = _first_line(error)
+        if any(sign in problem for sign in NO_MEMORY):
+            raise OutOfMemoryError(problem) from error
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceLostError(problem) from error
         raise
 
 

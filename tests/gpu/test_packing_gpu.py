@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 sys.path.append(str(Path(__file__).parents[1] / "model"))
 
 MIN_COSINE = 0.999
+UNIT = 1e-5
+"""How far the length of a float32 vector may be from 1."""
 SAME_FLOAT32 = 1e-4
 """Largest absolute difference of two float32 computations on unlike devices."""
 CHOSEN = {
@@ -78,29 +80,38 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("architecture", CHOSEN)
 def test_rows_are_those_of_encode_on_the_cpu(
-    architecture: str, dtype: str, place: Callable[..., tuple[Path, TorchBackend]]
+    architecture: str,
+    dtype: str,
+    place: Callable[..., tuple[Path, TorchBackend]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each architecture takes its way, and every way gives the vectors of float32 in this precision."""
     import tiny
     from sentence_transformers import SentenceTransformer
 
-    from service.backends.packing import PaddedRoute
+    from service.backends.packing import PACKED
+    from service.backends.sentence_transformers import TorchBackend
 
-    folder, backend = place(architecture, dtype=dtype)
-    assert (backend.packing, backend.dtype) == (CHOSEN[architecture], dtype)
     texts = tiny.texts()
-    expected = SentenceTransformer(str(folder), device="cpu", local_files_only=True).encode(texts)
-    encodings = backend.tokenize(texts, cut=Cut.RIGHT)
-    names = [route.name for route in backend._routes]
-    possible = backend._routes[names.index(backend.packing) :] if backend.packing in names else []
-    for route in [*possible, PaddedRoute(backend._model)]:
-        backend._use(route)
-        found = forward(backend, backend.collate(encodings))
+    names = [*[route.name for route in PACKED], "padded"]
+    ways = []
+    for number in range(names.index(CHOSEN[architecture]), len(names)):
+        # A model for each way: the encoder's has lost its own layers.
+        monkeypatch.setattr(TorchBackend, "_ways", PACKED[number:])
+        folder, backend = place(architecture, dtype=dtype)
+        ways.append(backend.packing)
+        assert backend.dtype == dtype
+        expected = SentenceTransformer(str(folder), device="cpu", local_files_only=True).encode(texts)
+        found = forward(backend, backend.collate(backend.tokenize(texts, cut=Cut.RIGHT)))
         assert found.shape == expected.shape
+        assert not backend.normalized or np.abs(np.linalg.norm(found, axis=1) - 1).max() <= UNIT
         cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
-        print(architecture, dtype, route.name, float(cosines.min()), float(np.abs(found - expected).max()))
-        assert cosines.min() >= MIN_COSINE, route.name
-        assert dtype != "float32" or np.abs(found - expected).max() <= SAME_FLOAT32, route.name
+        print(
+            architecture, dtype, backend.packing, float(cosines.min()), float(np.abs(found - expected).max())
+        )
+        assert cosines.min() >= MIN_COSINE, backend.packing
+        assert dtype != "float32" or np.abs(found - expected).max() <= SAME_FLOAT32, backend.packing
+    assert (ways[0], ways[-1]) == (CHOSEN[architecture], "padded")
 
 
 def test_batches_in_flight_keep_their_rows(place: Callable[..., tuple[Path, TorchBackend]]) -> None:
@@ -133,15 +144,31 @@ def test_token_vectors_come_in_order(place: Callable[..., tuple[Path, TorchBacke
     """Packed and padded give the same token vectors, text after text."""
     import tiny
 
-    from service.backends.packing import PaddedRoute
-
     _, backend = place("bert", dtype="float32")
     encodings = backend.tokenize(tiny.texts()[:20], cut=Cut.RIGHT)
     packed = forward(backend, backend.collate(encodings, token_vectors=True))
-    backend._use(PaddedRoute(backend._model))
+    _, backend = place("bert", dtype="float32", packing="off")
     padded = forward(backend, backend.collate(encodings, token_vectors=True))
     assert len(packed) == sum(map(len, encodings))
     np.testing.assert_allclose(packed, padded, atol=SAME_FLOAT32 * 10)
+
+
+def test_layers_that_no_pass_reads_are_freed(place: Callable[..., tuple[Path, TorchBackend]]) -> None:
+    """The encoder has its own weights: with it, a model takes no more memory than padded."""
+    import gc
+
+    import torch
+
+    held = []
+    for packing in ("off", "off", "on"):  # once more before: libraries take workspaces at the first pass
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        _, backend = place("bert", packing=packing)
+        gc.collect()
+        held.append(torch.cuda.memory_allocated() - before)
+        assert (backend._model[0].model is None) == (packing == "on")
+        del backend
+    assert 0 < held[2] <= held[1]
 
 
 def test_a_batch_that_does_not_fit_is_out_of_memory(place: Callable[..., tuple[Path, TorchBackend]]) -> None:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import re
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +26,7 @@ from service.backends import encoder, packing
 from service.backends.base import Cut, Encoding, Kind, forward
 from service.backends.packing import AttentionRoute, EncoderRoute, PaddedRoute, agree, pack, pad
 from service.backends.sentence_transformers import TorchBackend
-from service.errors import ModelError
+from service.errors import DeviceLostError, ModelError, OutOfMemoryError
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -78,7 +81,7 @@ def rows(
 
 def possible(backend: TorchBackend) -> list[str]:
     """Return the ways that this model allows, the chosen one first."""
-    names = [route.name for route in backend._routes]
+    names = [route.name for route in backend._possible_routes(backend._model)]
     return [*names[names.index(backend.packing) :], "padded"] if backend.packing in names else ["padded"]
 
 
@@ -191,6 +194,19 @@ def test_half_precision_keeps_the_direction(architecture: str, make: Callable[..
         found = backend._compute(ROUTES[way](backend._model), encodings)
         assert found.dtype is torch.bfloat16
         assert agree(found, expected), way
+
+
+@pytest.mark.parametrize("way", ["encoder", "attention", "padded"])
+def test_rows_of_half_precision_are_of_unit_length(way: str, make: Callable[..., Path]) -> None:
+    """A vector is normalised in float32, as bfloat16 rounds each of its numbers by up to 0.4 %."""
+    backend = placed(make("embedding", "bert"))
+    backend._model.to(torch.bfloat16)
+    use(backend, way)
+    found = rows(backend, tiny.texts())
+    assert np.abs(np.linalg.norm(found.astype(np.float64), axis=1) - 1).max() <= 1e-6
+    backend.normalized = False  # positive control: without this step they are not
+    found = rows(backend, tiny.texts())
+    assert np.abs(np.linalg.norm(found.astype(np.float64), axis=1) - 1).max() > 1e-4
 
 
 @pytest.mark.parametrize("way", ["encoder", "attention", "padded"])
@@ -358,6 +374,79 @@ def test_packing_off_pads(make: Callable[..., Path]) -> None:
     """With packing=off nothing is tried."""
     backend = placed(make("embedding", "bert"), packing="off")
     assert (backend.packing, backend.padded, backend._routes) == ("padded", True, [])
+
+
+def test_ways_that_are_not_used_are_forgotten(
+    make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A way may hold copies of weights: only the chosen one is kept."""
+    folder = make("embedding", "bert")
+    assert [route.name for route in placed(folder)._routes] == ["encoder"]
+    monkeypatch.setattr(EncoderRoute, "__call__", _broken)
+    assert [route.name for route in placed(folder)._routes] == ["attention"]
+    monkeypatch.setattr(AttentionRoute, "__call__", _broken)
+    assert placed(folder)._routes == []
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "mpnet"])
+def test_on_a_gpu_the_encoder_needs_nothing_of_transformers_layers(
+    architecture: str, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their weights are freed after the choice; rows, prompts and token vectors stay what they were."""
+    backend = placed(make("embedding", architecture))
+    layers = [weakref.ref(module) for module in backend._model[0].model.encoder.layer.modules()]
+    texts, prompt = tiny.texts()[:20], f"{tiny.WORDS[5]} "
+
+    def computed() -> list[NDArray[np.float32]]:
+        return [
+            rows(backend, texts),
+            rows(backend, texts, prompt=prompt),
+            rows(backend, texts, token_vectors=True),
+        ]
+
+    expected = computed()
+    monkeypatch.setattr(backend, "_cuda", True)
+    backend._let_go()
+    monkeypatch.setattr(backend, "_cuda", False)
+    gc.collect()
+    assert {layer() for layer in layers} == {None}
+    for found, before in zip(computed(), expected, strict=True):
+        np.testing.assert_array_equal(found, before)
+
+
+# Errors of the device
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), OutOfMemoryError),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"), OutOfMemoryError),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            OutOfMemoryError,
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), OutOfMemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemoryError),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), DeviceLostError),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), DeviceLostError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
+        (IndexError("index out of range in self"), IndexError),
+    ],
+)
+def test_torchs_errors_become_ours(error: Exception, ours: type[Exception], bert: TorchBackend) -> None:
+    """No room is no room, whoever says so; what poisons the device ends the worker; a bug stays a bug."""
+
+    class Route(PaddedRoute):
+        def __call__(self, features: dict[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
+            raise error
+
+    use(bert, "padded")
+    batch = bert.collate(bert.tokenize(["a"], cut=Cut.RIGHT))
+    bert._use(Route(bert._model))
+    with pytest.raises(Exception, match=re.escape(str(error).partition("\n")[0])) as raised:
+        bert.launch(batch)
+    assert raised.type is ours
 
 
 def test_a_local_window_is_part_of_the_self_test(

@@ -8,6 +8,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import numpy as np
 
 from service.app import create_app
 from service.backends.stub import StubBackend
@@ -16,6 +17,9 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from numpy.typing import NDArray
+
+    from service.engine import Result
 
 KEY = "hunter2"
 
@@ -51,6 +55,11 @@ def send(app: FastAPI, method: str, path: str, **request: Any) -> httpx.Response
 def post(app: FastAPI, path: str, body: object = None, **request: Any) -> httpx.Response:
     """Post JSON."""
     return send(app, "POST", path, **({"json": body} | request if "content" not in request else request))
+
+
+def matrix(result: Result) -> NDArray[np.float32]:
+    """Return the rows as one array of shape (inputs, width)."""
+    return np.stack(result.rows)
 
 
 def outcome(reply: httpx.Response) -> tuple[int, Any]:

@@ -38,8 +38,9 @@ def test_a_request_that_can_never_be_served_is_too_large(
 
 
 def test_a_full_worker_says_when_its_queue_will_have_drained() -> None:
-    """Texts in work, times what a text took of late; what still fits beside them is admitted."""
-    admission = Admission(5, 4)
+    """Texts in work, times what a text took of late; refusals are told, what still fits is admitted."""
+    rejected: list[int] = []
+    admission = Admission(5, 4, rejected.append)
     admission.drained(4, 2.0)
     with admission.permit(3):
         with pytest.raises(OverloadedError) as caught, admission.permit(3):
@@ -52,7 +53,7 @@ def test_a_full_worker_says_when_its_queue_will_have_drained() -> None:
         with admission.permit(2):
             assert state(admission) == (5, 2, 3)
         assert state(admission) == (3, 1, 2)
-    assert state(admission) == (0, 0, 0)
+    assert (state(admission), rejected) == ((0, 0, 0), [3])
 
 
 def test_permits_return_however_the_request_ends() -> None:

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from client import KEY, app_with, backend_of, exchange, outcome, post, send
+from client import KEY, app_with, backend_of, exchange, matrix, outcome, post, send
 
 from service import __version__
-from service.engine import Job, Observer
+from service.admission import Admission
+from service.api.replies import Encoded
+from service.api.steps import PIECE_BYTES
+from service.api.tei import Embed
+from service.engine import Deadline, Job, Observer
 from service.errors import DeadlineError, InferenceError, NotReadyError, OverloadedError, RequestError
 from service.lifecycle import State
 
@@ -57,7 +61,7 @@ def test_texts_are_answered_by_their_vectors_in_the_shape_of_the_request(
 ) -> None:
     """A bare array gets `{"embeddings": …}`, the object a list of vectors; both JSON, both timed."""
     reply = send(app, "POST", "/embed", json=body)
-    expected = asyncio.run(engine.run(Job(texts))).matrix
+    expected = matrix(asyncio.run(engine.run(Job(texts))))
     assert (reply.status_code, reply.headers["content-type"]) == (200, "application/json")
     np.testing.assert_array_equal(np.array(unwrap(reply.json()), dtype=np.float32), expected)
     names = [part.split(";dur=")[0] for part in reply.headers["server-timing"].split(", ")]
@@ -287,9 +291,12 @@ class Refusing:
     observer = Observer()
 
     def __init__(self, error: Exception) -> None:
-        self.error, self.backend = error, backend_of()
+        self.error, self.backend, self.admission = error, backend_of(), Admission(8, 8)
 
-    async def run(self, job: Job) -> None:
+    def deadline(self, timeout_s: float | None) -> Deadline:
+        return Deadline(timeout_s or 60, asyncio.get_running_loop().time() + 60)
+
+    async def compute(self, job: Job) -> None:
         raise self.error
 
 
@@ -405,6 +412,85 @@ def test_a_client_may_wait_for_less(
     reply = post(app_with(counters.slot, engine), "/embed", ["a"], headers={"x-request-timeout": "0.05"})
     assert (reply.status_code, reply.json()["error_type"]) == (504, "timeout")
     assert "not done within 0.05 s" in reply.json()["error"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(app: FastAPI, engine: Engine) -> None:
+    """The time of a request begins with its head: 504 in words, and a closed connection."""
+    half = {"type": "http.request", "body": b'["a', "more_body": True}
+    head, body = asyncio.run(exchange(app, "/embed", [half], [(b"x-request-timeout", b"0.05")]))
+    assert (head["status"], dict(head["headers"])[b"connection"]) == (504, b"close")
+    said = json.loads(body["body"])
+    assert said["error"].startswith("the body did not arrive within 0.05 s (request ")
+    assert (said["error_type"], engine.admission.texts) == ("timeout", 0)
+
+
+# Permits
+
+BODY = {"type": "http.request", "body": b'["a", "b"]', "more_body": False}
+
+
+async def post_texts(app: FastAPI, send: Callable[[Any], Any]) -> None:
+    """Post two texts as a server would, which calls `send` with the reply."""
+
+    async def receive() -> Any:
+        return BODY
+
+    scope = {"type": "http", "method": "POST", "path": "/embed", "headers": [], "query_string": b""}
+    await app(scope, receive, send)
+
+
+def test_permits_are_held_until_the_reply_is_sent(app: FastAPI, engine: Engine) -> None:
+    """What is encoded, and waits for its client, takes memory as what is computed does."""
+    held = []
+
+    async def send(message: Any) -> None:
+        held.append((message["type"], engine.admission.texts))
+
+    asyncio.run(post_texts(app, send))
+    assert held == [("http.response.start", 2), ("http.response.body", 2)]
+    assert engine.admission.texts == 0
+
+
+def with_large_replies(monkeypatch: pytest.MonkeyPatch, size: int) -> bytes:
+    """Let /embed answer so many bytes, and return them."""
+    body = bytes(range(251)) * (size // 251 + 1)
+    monkeypatch.setattr(Embed, "encode", lambda *_, **__: Encoded(body[:size]))
+    return body[:size]
+
+
+@pytest.mark.parametrize(("size", "pieces"), [(PIECE_BYTES, 1), (PIECE_BYTES + 1, 2), (2 * PIECE_BYTES, 2)])
+def test_a_large_reply_is_sent_in_pieces(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch, size: int, pieces: int
+) -> None:
+    """The server holds one of them at a time; together they are the reply."""
+    body = with_large_replies(monkeypatch, size)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(post_texts(app, send))
+    assert len(sent) == 1 + pieces
+    assert b"".join(message["body"] for message in sent[1:]) == body
+    assert [message.get("more_body", False) for message in sent[1:]] == [True] * (pieces - 1) + [False]
+
+
+def test_a_client_that_does_not_take_its_reply_is_not_waited_for(
+    counters: Counters, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A large reply that is not taken within `request_timeout` ends, and its permits return."""
+    with_large_replies(monkeypatch, 3 * PIECE_BYTES)
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+        if len(sent) == 3:
+            assert engine.admission.texts == 2
+            await asyncio.Event().wait()
+
+    asyncio.run(post_texts(app_with(counters.slot, engine, request_timeout=1), send))
+    assert (len(sent), engine.admission.texts) == (3, 0)
+    assert "its client did not take the reply in time" in caplog.text
 
 
 # Clients that leave

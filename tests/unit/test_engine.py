@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from client import matrix
 
 from service.backends.base import Encoding
 from service.backends.stub import StubBackend
@@ -25,13 +27,13 @@ from service.errors import (
     RequestError,
     TooLargeError,
 )
+from service.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from service.backends.base import Cut, Input
+    from service.backends.base import Cut, Input, Token
     from service.engine import Engine, Result
-    from service.settings import Settings
 
     Make = Callable[..., Engine]
 
@@ -112,8 +114,11 @@ def ask(*inputs: Any, **options: Any) -> Job:
     return Job(list(inputs), **options)
 
 
-def run(engine: Engine, *inputs: Any, **options: Any) -> Result:
-    return asyncio.run(engine.run(ask(*inputs, **options)))
+def run(engine: Engine, *inputs: Any, timeout_s: float | None = None, **options: Any) -> Result:
+    async def scene() -> Result:
+        return await engine.run(ask(*inputs, deadline=engine.deadline(timeout_s), **options))
+
+    return asyncio.run(scene())
 
 
 def error_of(engine: Engine, *inputs: Any, **options: Any) -> RequestError:
@@ -181,23 +186,33 @@ def test_rows_come_in_the_order_of_the_texts_however_they_are_cut(
 ) -> None:
     """Texts are computed in several batches; the rows are still those of the texts."""
     texts = ["a b c d e f g", "a", "a b c", "b", "a b c d e f h", "c"]
-    alone = np.concatenate([run(make_engine(), text).matrix for text in texts])
+    alone = np.concatenate([matrix(run(make_engine(), text)) for text in texts])
     together = run(make_engine(backend, max_batch_tokens=12, max_client_batch_size=6), *texts)
     assert backend.passes == [2, 2, 2]
-    assert (together.matrix.dtype, together.tokens) == (np.float32, [9, 3, 5, 3, 9, 3])
-    np.testing.assert_array_equal(together.matrix, alone)
-
-
-def test_a_single_row_is_a_matrix_too(make_engine: Make) -> None:
-    """Nobody has to ask how many there are."""
-    result = run(make_engine(), "a")
-    assert (len(result.rows), result.matrix.shape) == (1, (1, 32))
+    assert (matrix(together).dtype, together.tokens) == (np.float32, [9, 3, 5, 3, 9, 3])
+    np.testing.assert_array_equal(matrix(together), alone)
 
 
 def test_token_vectors_have_a_row_for_each_token(make_engine: Make) -> None:
     """Specials included."""
     result = run(make_engine(), "a b", "c", token_vectors=True)
     assert [rows.shape for rows in result.rows] == [(4, 32), (3, 32)]
+
+
+def test_a_small_share_of_a_batch_does_not_keep_the_batch(make_engine: Make, backend: Recording) -> None:
+    """Token vectors of one short text are copied out; those of the request that is most of it are not."""
+
+    async def scene(busy: Busy) -> list[Result]:
+        tasks = [busy.start(text, token_vectors=True) for text in ("a", "b " * 40)]
+        await busy.queued(2)
+        backend.open.set()
+        return await asyncio.gather(*tasks)
+
+    small, large = (result.rows[0] for result in while_busy(make_engine(backend), scene))
+    assert (small.shape, large.shape) == ((3, 32), (42, 32))
+    assert small.base is None
+    assert large.base is not None
+    np.testing.assert_array_equal(small, run(make_engine(), "a", token_vectors=True).rows[0])
 
 
 def test_token_vectors_and_pooled_ones_share_no_pass(make_engine: Make, backend: Recording) -> None:
@@ -334,18 +349,80 @@ def test_a_text_is_cut_on_the_side_that_is_asked_for(make_engine: Make) -> None:
     engine = make_engine()
     text = " ".join(["begin"] * 300 + ["end"] * 254)
     left, right = run(engine, text, from_left=True), run(engine, text)
-    np.testing.assert_array_equal(left.matrix, run(engine, " ".join(["end"] * 254)).matrix)
-    np.testing.assert_array_equal(right.matrix, run(engine, " ".join(["begin"] * 254)).matrix)
+    np.testing.assert_array_equal(matrix(left), matrix(run(engine, " ".join(["end"] * 254))))
+    np.testing.assert_array_equal(matrix(right), matrix(run(engine, " ".join(["begin"] * 254))))
 
 
-def test_tokens_and_decode_ask_the_tokeniser_in_its_thread(make_engine: Make) -> None:
-    """They need no permit and no pass; unknown ids are refused."""
+def words(tokens: list[Token]) -> list[str]:
+    """Return the texts of tokens."""
+    return [token.text for token in tokens]
+
+
+def test_tokens_and_decode_ask_the_tokeniser_and_not_the_model(make_engine: Make) -> None:
+    """They need no pass, and teach nothing about how fast passes are; unknown ids are refused."""
     engine = make_engine()
-    [tokens] = asyncio.run(engine.tokens(["a b"], specials=True))
-    assert [token.text for token in tokens] == ["[", "a", "b", "]"]
-    assert asyncio.run(engine.decode([[0, 5, 1]], skip_specials=True)) == ["w5"]
+    found = asyncio.run(engine.tokens(["a b", "c"], words, specials=True))
+    assert found == [["[", "a", "b", "]"], ["[", "c", "]"]]
+    assert asyncio.run(engine.decode([[0, 5, 1], [6]], skip_specials=True)) == ["w5", "w6"]
     with pytest.raises(InvalidRequestError, match=r"inputs\.1: token id 999"):
         asyncio.run(engine.decode([[0], [999]], skip_specials=True))
+    assert engine.admission.seconds_per_text == 0
+
+
+def test_tokens_are_looked_up_text_by_text_for_one_request_at_a_time(make_engine: Make) -> None:
+    """Of a text's tokens the reply is written before the next text is begun: memory holds one text's."""
+    log: list[tuple[str, str]] = []
+
+    class Slow(StubBackend):
+        def tokens(self, texts: Sequence[str], *, specials: bool, prompt: str = "") -> list[list[Token]]:
+            log.append(("began", *texts))
+            time.sleep(0.01)
+            return super().tokens(texts, specials=specials, prompt=prompt)
+
+    def write(tokens: list[Token]) -> str:
+        log.append(("wrote", tokens[0].text))
+        return threading.current_thread().name.partition("_")[0]
+
+    engine = make_engine(Slow(Settings(backend="stub")))
+
+    async def scene() -> list[list[str]]:
+        asked = [engine.tokens(texts, write, specials=False) for texts in (["a", "b"], ["c"])]
+        return await asyncio.gather(*asked)
+
+    assert asyncio.run(scene()) == [["lookup", "lookup"], ["lookup"]]
+    assert log == [(what, text) for text in "abc" for what in ("began", "wrote")]
+
+
+@pytest.mark.parametrize(
+    ("why", "error"), [("deadline", DeadlineError), ("abandoned", asyncio.CancelledError)]
+)
+def test_tokens_that_nobody_waits_for_are_not_looked_up(
+    make_engine: Make, watcher: Watcher, why: str, error: type[BaseException]
+) -> None:
+    """Late or abandoned, the request is counted, and its thread is free after the text it is at."""
+    seen: list[str] = []
+    began, opened = threading.Event(), threading.Event()
+
+    def write(tokens: list[Token]) -> None:
+        seen.append(tokens[0].text)
+        began.set()
+        assert opened.wait(PATIENCE_S)
+
+    engine = make_engine(observer=watcher)
+
+    async def scene() -> None:
+        deadline = engine.deadline(0.05 if why == "deadline" else None)
+        task = asyncio.create_task(engine.tokens(["a", "b"], write, specials=False, deadline=deadline))
+        await until(began.is_set)
+        if why == "abandoned":
+            task.cancel()
+        with pytest.raises(error):
+            await task
+        opened.set()
+        assert await engine.decode([[5]], skip_specials=True) == ["w5"]
+
+    asyncio.run(scene())
+    assert (seen, watcher.events) == (["a"], [(why, 2)])
 
 
 # Admission
@@ -415,7 +492,7 @@ def test_a_request_that_is_late_leaves_the_queue(
 
     async def scene(busy: Busy) -> DeadlineError:
         with pytest.raises(DeadlineError) as caught:
-            await busy.engine.run(ask("a", "b", timeout_s=0.01))
+            await busy.engine.run(ask("a", "b", deadline=busy.engine.deadline(0.01)))
         assert (busy.engine.inference.queued, busy.engine.admission.texts) == ((0, 0), 1)
         return caught.value
 
@@ -457,7 +534,7 @@ def test_an_abandoned_request_is_dropped_before_its_batch(
         return await stays
 
     result = while_busy(make_engine(backend, observer=watcher), scene)
-    assert (result.matrix.shape, backend.passes) == ((1, 32), [1, 1])
+    assert (matrix(result).shape, backend.passes) == ((1, 32), [1, 1])
     assert [event[:2] for event in watcher.events] == [("abandoned", 2), *[("embedded", 1)] * 2]
 
 
@@ -482,7 +559,7 @@ def test_a_request_that_is_abandoned_in_its_batch_harms_nobody(
         return await stays, await busy.engine.run(ask("c"))
 
     results = while_busy(make_engine(backend, observer=watcher), scene)
-    assert [result.matrix.shape for result in results] == [(1, 32)] * 2
+    assert [matrix(result).shape for result in results] == [(1, 32)] * 2
     assert backend.passes == [1, 2, 1, 1]
     assert watcher.events.count(("abandoned", 1)) == 1
 
@@ -496,7 +573,7 @@ def test_rows_for_a_loop_that_is_gone_do_not_stop_the_model(make_engine: Make, b
     loop.run_until_complete(until(backend.began.is_set))
     loop.close()
     backend.open.set()
-    assert run(engine, "b").matrix.shape == (1, 32)
+    assert matrix(run(engine, "b")).shape == (1, 32)
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # it was left behind on purpose
     task.get_coro().close()  # type: ignore[union-attr]
 
@@ -519,9 +596,9 @@ def test_a_failed_request_fails_alone(make_engine: Make, backend: Recording, *, 
     [error] = [result for result in results if isinstance(result, Exception)]
     assert (type(error), str(error)) == (
         InferenceError,
-        "the model failed on this request: IndexError: out of range",
+        "the model failed on this request: IndexError; the log has more",
     )
-    assert [r.matrix.shape for r in results if r is not error] == [(1, 32)] * (len(results) - 1)
+    assert [matrix(r).shape for r in results if r is not error] == [(1, 32)] * (len(results) - 1)
 
 
 def test_a_lost_device_is_told_and_requests_are_sent_elsewhere(make_engine: Make, backend: Recording) -> None:
@@ -589,8 +666,8 @@ def test_batches_form_by_themselves_under_load(make_engine: Make, backend: Recor
     engine = make_engine(backend, max_concurrent_texts=512, max_batch_texts=25)
     results = while_busy(engine, scene)
     assert backend.passes == [1, *[25] * 8]
-    expected = np.concatenate([run(engine, f"text{number}").matrix for number in range(200)])
-    np.testing.assert_array_equal(np.concatenate([result.matrix for result in results]), expected)
+    expected = np.concatenate([matrix(run(engine, f"text{number}")) for number in range(200)])
+    np.testing.assert_array_equal(np.concatenate([matrix(result) for result in results]), expected)
 
 
 def test_nothing_is_waited_for_while_the_device_is_idle(make_engine: Make, backend: Recording) -> None:

@@ -291,7 +291,7 @@ def test_a_failed_request_fails_alone(stage: str) -> None:
     bench.ask((BOOM, 3), (4, 3))
     bench.ask((5, 3))
     bench.run()
-    error = (InferenceError, "the model failed on this request: IndexError: out of range")
+    error = (InferenceError, "the model failed on this request: IndexError; the log has more")
     assert [outcome(t) for t in bench.tickets] == [[2, 3], error, [5]]
     assert (bench.told, sorted(bench.finished)) == ([], [0, 1, 2])
 
@@ -314,14 +314,71 @@ def test_what_waits_of_a_failed_request_is_forgotten() -> None:
     assert [type(t.error) for t in bench.tickets] == [InferenceError, type(None)]
 
 
+def bugs(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what the log says of failed passes, with the error's text."""
+    told = [record for record in caplog.records if record.exc_info]
+    return [f"{record.getMessage()}: {record.exc_info[1]}" for record in told if record.exc_info]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("token_vectors", [False, True])
+def test_a_failure_of_every_text_does_not_cost_a_pass_for_each(
+    stage: str, *, token_vectors: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three in a row and a harmless text fail alike: all the others fail too, with one line in the log."""
+    seen: list[tuple[tuple[int, ...], bool]] = []
+
+    def broken(batch: FakeBatch) -> Exception:
+        seen.append((batch.keys, batch.token_vectors))
+        return ValueError("no such kernel")
+
+    bench = Bench(FakeBackend(trouble={stage: broken}))
+    for key in range(2, 60):
+        bench.ask((key, 1), token_vectors=token_vectors)
+    bench.run()
+    tried = [tuple(range(2, 60)), (2,), (3,), (4,), (PROBE,)]
+    assert seen == [(keys, token_vectors) for keys in tried]
+    error = (InferenceError, "the model failed on this request: ValueError; the log has more")
+    assert [outcome(t) for t in bench.tickets] == [error] * 58
+    assert bugs(caplog) == ["a forward pass failed for 58 of its requests: no such kernel"]
+    assert (bench.told, sorted(bench.finished)) == ([], list(range(58)))
+
+
+def test_bad_requests_in_a_row_do_not_take_the_others_with_them(caplog: pytest.LogCaptureFixture) -> None:
+    """As a harmless text can be computed, each request is; what failed alike is logged once."""
+    bad = range(2, 10)
+    backend = FakeBackend(
+        trouble={"launch": lambda batch: IndexError("bad") if set(batch.keys) & set(bad) else None}
+    )
+    bench = Bench(backend)
+    for key in (*bad, 20, 21):
+        bench.ask((key, 1))
+    bench.run()
+    assert [keys(t) for t in bench.tickets[-2:]] == [[20], [21]]
+    assert {type(t.error) for t in bench.tickets[:-2]} == {InferenceError}
+    assert len(backend.passes()) == 1 + 10 + 1
+    assert bugs(caplog) == ["a forward pass failed for 8 of its requests: bad"]
+
+
+def test_failures_that_differ_are_all_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Other texts are other bugs: nothing is cut short, and each has its line."""
+    bench = Bench(FakeBackend(trouble={"launch": lambda batch: ValueError(f"key {batch.keys[0]}")}))
+    for key in range(2, 8):
+        bench.ask((key, 1))
+    bench.run()
+    assert bench.backend.passes() == [(2, 3, 4, 5, 6, 7), *[(key,) for key in range(2, 8)]]
+    assert bugs(caplog) == [f"a forward pass failed for 1 of its requests: key {n}" for n in range(2, 8)]
+
+
 @pytest.mark.parametrize("rows", [0, 1, 3])
-def test_a_wrong_number_of_rows_is_an_error(rows: int) -> None:
+def test_a_wrong_number_of_rows_is_an_error(rows: int, caplog: pytest.LogCaptureFixture) -> None:
     """Nobody gets the row of another text."""
     bench = Bench(FakeBackend(values=lambda _: np.zeros((rows, 2), np.float32)))
     bench.ask((2, 3), (3, 3))
     bench.run()
-    error = f"the model failed on this request: ValueError: {rows} rows instead of 2"
+    error = "the model failed on this request: ValueError; the log has more"
     assert outcome(bench.tickets[0]) == (InferenceError, error)
+    assert f"ValueError: {rows} rows instead of 2" in caplog.text
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -358,6 +415,17 @@ def test_a_probe_that_fails_in_any_way_means_a_lost_device(error: Exception) -> 
     bench.ask((2, 3))
     bench.run()
     assert bench.told == [("lost", "the model gives values that are not finite, for any text")]
+
+
+def test_a_probe_without_room_proves_nothing() -> None:
+    """A text that gives NaN beside a full device fails its own request, and the worker stays."""
+    full = when(PROBE, lambda: OutOfMemoryError("no room"))
+    bench = Bench(FakeBackend(values=not_a_number(2), trouble={"launch": full}))
+    bench.ask((2, 3))
+    bench.ask((3, 3))
+    bench.run()
+    assert [type(ticket.error) for ticket in bench.tickets] == [InferenceError, type(None)]
+    assert bench.told == []
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -472,15 +540,16 @@ def test_a_recovery_is_told(clock: list[float]) -> None:
     assert bench.told == [("recovered", 350)]
 
 
-def test_a_text_that_never_fits_fails_its_own_request() -> None:
+def test_a_text_that_never_fits_fails_its_own_request(caplog: pytest.LogCaptureFixture) -> None:
     """503 for it alone, as memory may be free on another worker; the others get their rows."""
     error = OutOfMemoryError("tried 2 GiB")
     bench = Bench(FakeBackend(trouble={"launch": when(BOOM, lambda: error)}), TokenBudget(1000, 10))
     for key in (2, BOOM, 3):
         bench.ask((key, 20), (key, 20))
     bench.run()
-    failed = (NotReadyError, "no memory for this request on the device: tried 2 GiB")
+    failed = (NotReadyError, "no memory for this request on the device")
     assert [outcome(t) for t in bench.tickets] == [[2, 2], failed, [3, 3]]
+    assert "tried 2 GiB" in caplog.text
     assert not [entry for entry in bench.told if entry[0] != "out of memory"]
 
 

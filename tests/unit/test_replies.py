@@ -13,6 +13,7 @@ import pytest
 
 from service.api.replies import (
     INLINE_FLOATS,
+    TOKENS_AT_ONCE,
     Encoded,
     Spent,
     base64_row,
@@ -21,7 +22,9 @@ from service.api.replies import (
     encode_rows,
     off_loop_if_large,
     unit_rows,
+    write_tokens,
 )
+from service.backends.base import Token
 from service.engine import Result, Times
 
 ROWS = list(np.array([[0.5, -0.25], [1.0, 0.0], [3.5e-8, 2.0]], dtype=np.float32))
@@ -62,6 +65,16 @@ def test_octets_are_the_floats_and_nothing_else() -> None:
 def test_numbers_of_numpy_are_json() -> None:
     """Scores are float32 until they are text: 0.1, not 0.10000000149011612."""
     assert encode_json({"score": np.float32(0.1)}) == Encoded(b'{"score":0.1}')
+
+
+@pytest.mark.parametrize("count", [0, 1, TOKENS_AT_ONCE, TOKENS_AT_ONCE + 1])
+def test_tokens_are_a_json_list_of_objects(count: int) -> None:
+    """However many there are: each with its id, text and place."""
+    tokens = [Token(number, "ü", False, number, number + 1) for number in range(count)]
+    assert json.loads(write_tokens(tokens)) == [
+        {"id": number, "text": "ü", "special": False, "start": number, "stop": number + 1}
+        for number in range(count)
+    ]
 
 
 def test_rows_get_unit_length_after_the_cut() -> None:

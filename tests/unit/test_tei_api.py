@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from client import app_with, backend_of, outcome, post, send
+from client import app_with, backend_of, matrix, outcome, post, send
 
 from service.backends.base import Done, Kind
 from service.engine import Job
@@ -31,8 +31,7 @@ def serve(counters: Counters, make_engine: Callable[..., Engine]) -> Serve:
     def make(rows: list[list[float]] | None = None, **attributes: Any) -> FastAPI:
         backend = backend_of(**attributes)
         if rows is not None:
-            matrix = np.array(rows, dtype=np.float32)
-            given = iter(matrix)
+            given = iter(np.array(rows, dtype=np.float32))
             backend.launch = lambda batch: Done(np.stack([next(given) for _ in range(batch.texts)]))
         return app_with(counters.slot, make_engine(backend))
 
@@ -40,7 +39,7 @@ def serve(counters: Counters, make_engine: Callable[..., Engine]) -> Serve:
 
 
 def rows_of(app: FastAPI, job: Job) -> np.ndarray:
-    return asyncio.run(app.state.engine.run(job)).matrix
+    return matrix(asyncio.run(app.state.engine.run(job)))
 
 
 SCORES = {"kind": Kind.SCORES, "labels": ("yes",), "dimension": 1}
@@ -176,6 +175,22 @@ def test_tokens_are_shown_with_their_places(serve: Any) -> None:
         413,
         {"error": "5 texts in one request; at most 4 are taken, split it", "error_type": "validation"},
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/tokenize", {"inputs": ["a", "b"]}), ("/decode", {"ids": [[5], [6]]})],
+)
+def test_lookups_are_admitted_and_timed_as_all_requests_are(serve: Any, path: str, body: object) -> None:
+    """A full worker answers 429, a late reply is 504; each text holds a permit, which returns."""
+    app = serve()
+    engine = app.state.engine
+    engine.admission.texts = 7
+    assert post(app, path, body).status_code == 429
+    engine.admission.texts = 6
+    assert post(app, path, body).status_code == 200
+    assert post(app, path, body, headers={"x-request-timeout": "1e-9"}).status_code == 504
+    assert (engine.admission.texts, engine.admission.requests) == (6, 0)
 
 
 @pytest.mark.parametrize(("ids", "texts"), [([5, 6], ["w5 w6"]), ([[0, 5, 1], [7]], ["w5", "w7"])])

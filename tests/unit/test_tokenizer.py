@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -12,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import assume, given, strategies
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from service.backends.base import Cut, Encoding, Token
 from service.backends.tokenizer import CHARACTERS_A_TOKEN, Tokenizer
@@ -114,9 +117,9 @@ class Counting:
     def __init__(self, inner: RustTokenizer) -> None:
         self.inner, self.characters = inner, 0
 
-    def encode(self, text: str, **options: Any) -> Any:
-        self.characters += len(text)
-        return self.inner.encode(text, **options)
+    def encode(self, *texts: str, **options: Any) -> Any:
+        self.characters += sum(map(len, texts))
+        return self.inner.encode(*texts, **options)
 
     def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
         self.characters += sum(map(len, texts))
@@ -209,21 +212,62 @@ def test_the_beginning_of_a_long_text_is_enough(kind: str, separators: list[str]
         assert len(refused) > max_tokens
 
 
-def test_only_the_beginning_of_a_long_text_is_tokenised() -> None:
-    """Two megabytes cost what fills the window, a short text beside them nothing more, and a left cut all."""
-    counting = Counting(rust("wordpiece"))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "separators",
+    [[" "], [" ", "  ", "   "], ["\n", "\t", " "], [""], ["\x1c", "\u00a0", " "], [" \u0301", " "]],
+)
+def test_the_end_of_a_long_text_is_enough(kind: str, separators: list[str]) -> None:
+    """The same cut on the left: what begins with another word than the text does gives the same tokens."""
+    text = long_text(separators, 20_000)
+    ours = Tokenizer(rust(kind))
+    whole = rust(kind).encode(text, add_special_tokens=False).ids
+    head, tail = ([] if kind == "suffix" else [2]), [3]
+    if kind == "bare":
+        head, tail = [], []
+    for room in (0, 1, 6, 7, 31, 64):
+        (found,) = ours.encode([text], cut=Cut.LEFT, max_tokens=room + len(head + tail))
+        assert list(found.ids) == [*head, *whole[len(whole) - room :], *tail]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bytes", "marked"])
+@given(
+    text=strategies.text(strategies.sampled_from("aZ09 \n'\u0301,.;!?+/=、。東京かナﾞ가ü<[]|_-"), min_size=200)
+    | strategies.text(min_size=200)
+)
+def test_text_without_spaces_is_tokenised_in_part(kind: str, text: str) -> None:
+    """Wherever a text is ended or begun, at points and Chinese too, the whole's tokens stay."""
+    made = rust("bytes" if kind == "marked" else kind)
+    if kind == "marked":
+        made.add_special_tokens([AddedToken("<mask>", lstrip=True), AddedToken("[/]", rstrip=True), "  "])
+    whole = made.encode(text, add_special_tokens=False).ids
+    ours = Tokenizer(made)
+    for room in (1, 2, 5):
+        expected = whole[:room], whole[max(0, len(whole) - room) :]
+        found = [ours.encode([text], cut=cut, max_tokens=room + 2)[0] for cut in (Cut.RIGHT, Cut.LEFT)]
+        assert tuple(list(one.ids[1:-1]) for one in found) == expected
+
+
+@pytest.mark.parametrize("cut", Cut)
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("wordpiece", long_text([" "], 2_000_000)),
+        ("wordpiece", "東京都庁の窓口で" * 100_000),
+        ("wordpiece", "QmFzZTY0IGlz/IGxvbmc+" * 50_000),
+        ("bytes", "東京都庁の窓口で、" * 100_000),
+        ("bytes", "QmFzZTY0IGlz/IGxvbmc+" * 50_000),
+        ("unigram", long_text([" "], 1_000_000)),
+    ],
+    ids=["words", "chinese", "base64", "chinese-bytes", "base64-bytes", "unigram"],
+)
+def test_only_one_end_of_a_long_text_is_tokenised(kind: str, text: str, cut: Cut) -> None:
+    """Megabytes cost what fills the window, on either side, and a short text beside them nothing more."""
+    counting = Counting(rust(kind))
     ours = Tokenizer(counting)  # type: ignore[arg-type]
-    text = long_text([" "], 2_000_000)
-    for cut, most in (
-        (Cut.RIGHT, 64 * CHARACTERS_A_TOKEN + 100),
-        (Cut.REFUSE, 64 * CHARACTERS_A_TOKEN + 100),
-    ):
-        counting.characters = 0
-        ours.encode([text, "short"], cut=cut, max_tokens=64)
-        assert counting.characters <= most
     counting.characters = 0
-    ours.encode([text[:10_000]], cut=Cut.LEFT, max_tokens=64)
-    assert counting.characters == 10_000
+    ours.encode([text, "short"], cut=cut, max_tokens=64)
+    assert counting.characters <= 64 * CHARACTERS_A_TOKEN + 100
 
 
 def test_a_long_document_of_a_pair_is_tokenised_in_part() -> None:
@@ -233,6 +277,71 @@ def test_a_long_document_of_a_pair_is_tokenised_in_part() -> None:
     (found,) = Tokenizer(counting).encode([pair], cut=Cut.RIGHT, max_tokens=40)  # type: ignore[arg-type]
     assert list(found.ids) == truncating("wordpiece", 40).encode(*pair).ids
     assert counting.characters < 1000
+
+
+def test_two_long_texts_of_a_pair_take_the_memory_of_two() -> None:
+    """Twice 20 000 tokens fit into 1 GiB: the Rust object would join each part cut off with each other."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+        "from tokenizers import Tokenizer as Rust\n"
+        "from service.backends.base import Cut\n"
+        "from service.backends.tokenizer import Tokenizer\n"
+        "ours = Tokenizer(Rust.from_str(sys.stdin.read()))\n"
+        "text = 'the river ' * 10_000\n"
+        "assert len(ours.encode([text], cut=Cut.REFUSE, max_tokens=64)[0]) > 20_000\n"
+        "for cut in (Cut.LEFT, Cut.RIGHT):\n"
+        "    found = ours.encode([(text, text)] * 5, cut=cut, max_tokens=64)\n"
+        "    assert [len(one) for one in found] == [64] * 5\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        input=trained("unsplit"),  # takes every text whole
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        cwd=Path(__file__).parents[2],
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+LAYOUTS: dict[str, Any] = {
+    "bert": processors.BertProcessing((SEP, 3), (CLS, 2)),
+    "roberta": processors.RobertaProcessing((SEP, 3), (CLS, 2)),
+    "none": None,
+    "byte-level": processors.ByteLevel(),
+    "xlm-r": processors.TemplateProcessing(
+        f"{CLS} $A {SEP}", f"{CLS} $A {SEP} {SEP} $B {SEP}", [(CLS, 2), (SEP, 3)]
+    ),
+    "turned": processors.TemplateProcessing(f"$A {SEP}", f"$B:1 {SEP}:1 $A {SEP}", [(SEP, 3)]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(query=TEXT, text=TEXT, max_tokens=strategies.integers(5, 40), cut=strategies.sampled_from(Cut))
+def test_pairs_are_laid_out_and_cut_as_by_transformers(
+    layout: str, query: str, text: str, max_tokens: int, cut: Cut
+) -> None:
+    """The wrapper's ids and types, for the post-processors that models have; a refused pair is not cut."""
+    tokenization = pytest.importorskip("transformers.tokenization_utils_tokenizers")
+    assume(comparable(query, text, max_tokens))
+    made = rust("bytes")
+    if LAYOUTS[layout]:
+        made.post_processor = LAYOUTS[layout]
+    else:
+        made = rust("bare")
+    side = "left" if cut is Cut.LEFT else "right"
+    copy = RustTokenizer.from_str(made.to_str())
+    wrapper = tokenization.PreTrainedTokenizerFast(tokenizer_object=copy, truncation_side=side)
+    (found,) = Tokenizer(made).encode([(query, text)], cut=cut, max_tokens=max_tokens)
+    asked = {"truncation": "longest_first", "max_length": max_tokens} if cut is not Cut.REFUSE else {}
+    batch = wrapper([[query, text]], return_token_type_ids=True, **asked)
+    expected = {name: batch[name][0] for name in ("input_ids", "token_type_ids")}
+    if cut is Cut.REFUSE and len(expected["input_ids"]) > max_tokens:
+        assert len(found) > max_tokens
+    else:
+        assert (found.ids, found.types) == (expected["input_ids"], expected["token_type_ids"])
 
 
 def test_a_window_that_is_not_filled_is_widened() -> None:
@@ -283,6 +392,28 @@ def test_prompts_come_first_and_are_counted_where_asked_for() -> None:
     assert (len(cut), cut.prompt_tokens) == (3, 2)
     (pair,) = ours.encode([("river", "quick")], cut=Cut.RIGHT, max_tokens=64, prompt="the ")
     assert list(pair.ids) == rust("wordpiece").encode("the river", "quick").ids
+
+
+def test_a_mark_never_covers_the_text() -> None:
+    """Token ids get no prompt, hence no mark; a cut on the left takes the prompt's tokens off the mark.
+
+    sentence-transformers keeps the mark where it cuts on the left, and leaves real text out of the vector.
+    """
+    ours = Tokenizer(rust("wordpiece"))
+    options: dict[str, Any] = {"prompt": "the quick ", "mark_prompt": True}
+    mixed = ours.encode([[7, 8], "river", ("a", "b")], cut=Cut.RIGHT, max_tokens=64, **options)
+    assert [one.prompt_tokens for one in mixed] == [0, 3, 0]
+    assert [one.prompt_tokens for one in ours.encode([[7, 8]], cut=Cut.LEFT, max_tokens=64, **options)] == [0]
+    of = ours.encode(
+        ["of " * count for count in (1, 5, 6, 7, 8, 9, 5000)], cut=Cut.LEFT, max_tokens=9, **options
+    )
+    assert [one.prompt_tokens for one in of] == [3, 3, 2, 1, 1, 1, 1]
+    (word,) = rust("wordpiece").encode("of", add_special_tokens=False).ids
+    assert [one.ids.count(word) for one in of] == [1, 5, 6, 7, 7, 7, 7]
+    long = "the quick " * 500
+    for count in (2, 7):
+        (found,) = ours.encode(["of " * count], cut=Cut.LEFT, max_tokens=9, prompt=long, mark_prompt=True)
+        assert found.prompt_tokens == 1 + 7 - count
 
 
 def test_tokens_are_shown_as_they_stand_in_the_text() -> None:
