@@ -107,7 +107,8 @@ class Inference:
             why = f"the device failed: {problem}"
         except BaseException as error:
             LOG.critical("the model thread failed", exc_info=error)
-            problem = why = f"the model thread failed: {type(error).__name__}: {error}"
+            problem = f"the model thread failed: {type(error).__name__}: {error}"
+            why = f"the model thread failed: {type(error).__name__}; the log has more"
         try:
             if problem is not None:
                 self.device_lost(problem)
