@@ -170,15 +170,20 @@ def test_silent_connections_leave_a_cold_worker(tmp_path: Path) -> None:
     """Connections that a cold worker took and that stay silent are closed once a sibling is warm."""
     late = scenario(
         tmp_path,
-        'stage = "load"\nkind = "slow"\nslots = [0]\nseconds = 2',
+        'stage = "load"\nkind = "slow"\nslots = [0]\nseconds = 3',
         'stage = "load"\nkind = "slow"\nslots = [1]\nseconds = 30',
     )
     with ExitStack() as stack, Service(environ=late, workers=2, concurrent_loads=2) as service:
         until(lambda: list(service.states().values()) == ["loading"] * 2, what="both are loading")
         pids = service.pids()
-        clients = [stack.enter_context(connect(service)) for _ in range(40)]
-        taken = until(lambda: all_taken(service, 40), what="all are accepted")
-        assert taken[pids[1]] > 0, "chance gave all connections to the other worker"
+        clients = []
+        for other in (0, 1):  # each gets 20: while one is stopped the other takes all
+            service.kill(other, SIGSTOP)
+            clients += [stack.enter_context(connect(service)) for _ in range(20)]
+            until(lambda: connections(service).total() == len(clients), what="all are accepted")
+            service.kill(other, SIGCONT)
+        taken = connections(service)
+        assert taken == {pid: 20 for pid in pids.values()}
         service.wait_state(0, "ready")
         until(lambda: connections(service)[pids[1]] == 0, what="the cold worker has closed them")
         assert service.states()[1] == "loading"
@@ -388,12 +393,6 @@ def connections(service: Service) -> Counter[int]:
             except FileNotFoundError:  # closed meanwhile
                 continue
     return owned
-
-
-def all_taken(service: Service, count: int) -> Counter[int] | None:
-    """Return the connections by process once so many are accepted."""
-    found = connections(service)
-    return found if found.total() == count else None
 
 
 def largest_share(counts: Counter[int] | Counter[str]) -> float:
