@@ -176,14 +176,9 @@ def test_silent_connections_leave_a_cold_worker(tmp_path: Path) -> None:
     with ExitStack() as stack, Service(environ=late, workers=2, concurrent_loads=2) as service:
         until(lambda: list(service.states().values()) == ["loading"] * 2, what="both are loading")
         pids = service.pids()
-        clients = []
-        for other in (0, 1):  # each gets 20: while one is stopped the other takes all
-            service.kill(other, SIGSTOP)
-            clients += [stack.enter_context(connect(service)) for _ in range(20)]
-            until(lambda: connections(service).total() == len(clients), what="all are accepted")
-            service.kill(other, SIGCONT)
+        clients = [stack.enter_context(client) for slot in (0, 1) for client in taken_by(service, slot, 20)]
         taken = connections(service)
-        assert taken == {pid: 20 for pid in pids.values()}
+        assert taken == dict.fromkeys(pids.values(), 20)
         service.wait_state(0, "ready")
         until(lambda: connections(service)[pids[1]] == 0, what="the cold worker has closed them")
         assert service.states()[1] == "loading"
@@ -365,6 +360,18 @@ def address(service: Service) -> tuple[str, int]:
 def connect(service: Service) -> socket.socket:
     """Open a connection to the API and say nothing."""
     return socket.create_connection(address(service), timeout=DEADLINE_S)
+
+
+def taken_by(service: Service, slot: int, count: int) -> list[socket.socket]:
+    """Open silent connections that this one of two workers accepts, for its sibling is stopped meanwhile."""
+    before = connections(service).total()
+    sibling = service.kill(1 - slot, SIGSTOP)
+    try:
+        clients = [connect(service) for _ in range(count)]
+        until(lambda: connections(service).total() == before + count, what="all are accepted")
+    finally:
+        os.kill(sibling, SIGCONT)
+    return clients
 
 
 # Looking
