@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
-from service import logging
+from service import cgroups, logging
+from service.cgroups import cgroup_folders, read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
 
 LOG = logging.get()
-ROOT: Final = Path("/")
+ROOT: Final = cgroups.ROOT
 MOST_THREADS = 1
 """Beside a busy neighbour two threads on two cores were slower than one (docs/decisions/0015)."""
 
@@ -114,12 +115,14 @@ def available(root: Path = ROOT, allowed: Collection[int] | None = None) -> Cpus
 def numa_nodes(root: Path = ROOT) -> dict[int, frozenset[int]]:
     """Return the CPUs of each NUMA node; none where the kernel knows none."""
     lists = (root / "sys/devices/system/node").glob("node[0-9]*/cpulist")
-    return {int(path.parent.name.removeprefix("node")): parse_cpulist(_read(path)) for path in sorted(lists)}
+    return {
+        int(path.parent.name.removeprefix("node")): parse_cpulist(read_text(path)) for path in sorted(lists)
+    }
 
 
 def gpu_node(address: str, root: Path = ROOT) -> int | None:
     """Return the NUMA node of a PCI address, or None where the machine does not say (-1)."""
-    text = _read(root / "sys/bus/pci/devices" / address / "numa_node")
+    text = read_text(root / "sys/bus/pci/devices" / address / "numa_node")
     return int(text) if text.isdecimal() else None
 
 
@@ -131,40 +134,14 @@ def parse_cpulist(text: str) -> frozenset[int]:
 
 def cpu_quota(root: Path = ROOT) -> float | None:
     """Return the cores' worth of time that every cgroup around us grants, or None without a limit."""
-    quotas = [quota for folder in cgroup_folders(root) if (quota := folder_quota(folder)) is not None]
+    quotas = [quota for folder in cgroup_folders(root, "cpu") if (quota := folder_quota(folder)) is not None]
     return min(quotas, default=None)
-
-
-def cgroup_folders(root: Path = ROOT) -> Iterator[Path]:
-    """Yield the folder of our cgroup, and all around it that we can see, of both versions."""
-    groups = {}
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if not controllers or "cpu" in controllers.split(","):
-            groups["cgroup" if controllers else "cgroup2"] = PurePosixPath(group)
-    for line in _read(root / "proc/self/mountinfo").splitlines():
-        where, _, what = line.partition(" - ")
-        top, mount = where.split(" ")[3:5]
-        kind, _, options = what.split(" ")[:3]
-        controls = kind == "cgroup2" or "cpu" in options.split(",")
-        if controls and kind in groups and groups[kind].is_relative_to(top):
-            inner = groups[kind].relative_to(top)
-            for part in (inner, *inner.parents):
-                yield root / mount.lstrip("/") / part
 
 
 def folder_quota(folder: Path) -> float | None:
     """Return what one cgroup grants: `cpu.max` of version 2, two files in version 1."""
-    limit = _read(folder / "cpu.max") or " ".join(
-        _read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")
+    limit = read_text(folder / "cpu.max") or " ".join(
+        read_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")
     )
     quota, _, period = limit.partition(" ")
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
-
-
-def _read(path: Path) -> str:
-    """Return a small file of the kernel's, or nothing."""
-    try:
-        return path.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return ""

@@ -6,13 +6,18 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from service import cgroups
 
 # struct tcp_info (linux/tcp.h): one byte of state, seven more, then 32-bit words; the fifth of
 # them, tcpi_unacked, is the length of the accept queue when the socket listens.
 TCP_LISTEN = 10
 TCP_UNACKED = slice(24, 28)
+OOM_SCORE = 200
+"""Thousandths of the limit by which a worker seems larger than it is to the kernel's OOM killer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,13 @@ def read_host_memory(pid: int | str = "self", root: Path = Path("/proc")) -> Hos
     return parse_rollup(rollup)
 
 
+def go_before_the_arbiter(root: Path = Path("/proc")) -> None:
+    """Worker: when memory is short, let the kernel kill this process, and not the one that replaces it."""
+    file = root / "self" / "oom_score_adj"
+    with suppress(OSError, ValueError):  # no such file, or forbidden: then the kernel chooses by size
+        file.write_text(str(min(1000, int(file.read_text(encoding="ascii")) + OOM_SCORE)), encoding="ascii")
+
+
 def parse_rollup(text: str) -> HostMemory:
     """Sum up `smaps_rollup`; a line of it is `Name:   123 kB`, the first is an address range."""
     sizes_bytes: dict[str, int] = {}
@@ -74,6 +86,29 @@ def read_rss_only(statm: Path) -> HostMemory | None:
         return None
     # A zombie keeps its files in /proc, but no memory.
     return HostMemory(rss_bytes=rss_bytes, pss_bytes=0, uss_bytes=0) if rss_bytes else None
+
+
+def peak_private_bytes(pid: int | str = "self", root: Path = Path("/proc")) -> int:
+    """Return the pages of a process alone, when it had most memory; as slow as `read_host_memory`.
+
+    The kernel keeps a peak of the RSS, and of nothing else. How far the RSS has come down from it is
+    added to what is private now: shared pages are those of the code and of what the arbiter loaded,
+    which do not come and go during a pass. The peak is since the start, or since `reset_peak`.
+
+    Returns:
+        Bytes; 0 where they are unknown, or the process is gone.
+    """
+    now = read_host_memory(pid, root)
+    if now is None or not now.uss_bytes:
+        return 0
+    status = cgroups.counts(root / str(pid) / "status")
+    return now.uss_bytes + max(0, status.get("VmHWM", 0) - status.get("VmRSS", 0))
+
+
+def reset_peak(root: Path = Path("/proc")) -> None:
+    """Let the peak of this process begin anew; where that is forbidden, it goes on as an upper bound."""
+    with suppress(OSError):
+        (root / "self" / "clear_refs").write_text("5", encoding="ascii")
 
 
 def listen_queue_length(sock: socket.socket) -> int:

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from service.memory import HostMemory, listen_queue_length, read_host_memory
+from service.memory import (
+    OOM_SCORE,
+    HostMemory,
+    go_before_the_arbiter,
+    listen_queue_length,
+    peak_private_bytes,
+    read_host_memory,
+    reset_peak,
+)
 
 PROC = Path(__file__).parent / "trees" / "proc"
 MIB = 1024 * 1024
@@ -68,6 +76,95 @@ def test_real_zombie_is_gone() -> None:
         assert read_host_memory(child.pid) is None
     finally:
         child.communicate()
+
+
+ROLLUP = "4000-7ffc4251c000 ---p 00000000 00:00 0 [rollup]\nRss: 900 kB\nPss: 500 kB\nPrivate_Dirty: 300 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "expected_kb"),
+    [
+        ("Name:\tpython\nVmPeak:\t 9999 kB\nVmHWM:\t  1400 kB\nVmRSS:\t   900 kB\nThreads:\t4\n", 800),
+        ("VmHWM:\t   900 kB\nVmRSS:\t   900 kB\n", 300),
+        ("VmHWM:\t   800 kB\nVmRSS:\t   900 kB\n", 300),
+        ("VmRSS:\t   900 kB\n", 300),
+        (None, 300),
+    ],
+    ids=["came down", "at its peak", "counted late", "no peak", "no status"],
+)
+def test_private_peak_is_what_is_private_now_and_what_was_given_back(
+    tmp_path: Path, status: str | None, expected_kb: int
+) -> None:
+    """To the USS comes how far the RSS is below its peak, if the kernel says; never less than the USS."""
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "smaps_rollup").write_text(ROLLUP)
+    if status is not None:
+        (tmp_path / "7" / "status").write_text(status)
+    assert peak_private_bytes(7, tmp_path) == expected_kb * 1024
+
+
+@pytest.mark.parametrize(
+    "statm", ["10 5 0 0 0 0 0", "0 0 0 0 0 0 0", None], ids=["only RSS", "zombie", "gone"]
+)
+def test_private_peak_is_unknown_without_uss(tmp_path: Path, statm: str | None) -> None:
+    """Where it cannot be told what is private, the peak is 0, which says unknown, and not the difference."""
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "status").write_text("VmHWM:\t 1400 kB\nVmRSS:\t 900 kB\n")
+    if statm is not None:
+        (tmp_path / "7" / "statm").write_text(statm)
+    assert peak_private_bytes(7, tmp_path) == 0
+
+
+def test_reset_writes_what_the_kernel_takes_for_it(tmp_path: Path) -> None:
+    """5 resets the peak and nothing else (1 to 4 clear bits of pages)."""
+    (tmp_path / "self").mkdir()
+    reset_peak(tmp_path)
+    assert (tmp_path / "self" / "clear_refs").read_text() == "5"
+
+
+def test_forbidden_reset_is_silent(tmp_path: Path) -> None:
+    """A file that cannot be written (a folder here, another user's there) leaves the peak as it is."""
+    (tmp_path / "self" / "clear_refs").mkdir(parents=True)
+    reset_peak(tmp_path)
+    reset_peak(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("0\n", OOM_SCORE), ("-900\n", OOM_SCORE - 900), ("950\n", 1000)]
+)
+def test_a_worker_seems_larger_to_the_oom_killer(before: str, after: int, tmp_path: Path) -> None:
+    """By the same as whoever started it, who may have set it apart; 1000 is the most that there is."""
+    file = tmp_path / "self" / "oom_score_adj"
+    file.parent.mkdir()
+    file.write_text(before)
+    go_before_the_arbiter(tmp_path)
+    assert file.read_text() == str(after)
+
+
+@pytest.mark.parametrize("text", [None, "", "none"])
+def test_where_the_kernel_has_no_such_score_it_chooses_by_size(text: str | None, tmp_path: Path) -> None:
+    """No file, or one that says nothing: no error, and nothing is made."""
+    file = tmp_path / "self" / "oom_score_adj"
+    if text is not None:
+        file.parent.mkdir()
+        file.write_text(text)
+    go_before_the_arbiter(tmp_path)
+    assert (file.read_text() if file.exists() else None) == text
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this kernel resets no peaks")
+def test_real_peak_outlives_the_memory_until_it_is_reset() -> None:
+    """On this kernel 32 MiB that were written and given back are in the peak, and a reset takes them out."""
+    reset_peak()
+    before = peak_private_bytes()
+    block = mmap.mmap(-1, 32 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.write(b"x" * 32 * MIB)
+    block.close()
+    after = peak_private_bytes()
+    reset_peak()
+    again = peak_private_bytes()
+    assert after - before > 24 * MIB
+    assert after - again > 24 * MIB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="TCP_INFO of a listener is Linux's")
