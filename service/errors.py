@@ -37,6 +37,12 @@ class ModelError(BootError):
     """The model could not be loaded."""
 
 
+class BudgetError(BootError):
+    """The workers that are wanted do not fit the memory; trying again changes nothing."""
+
+    reason = "budget"
+
+
 class WarmupError(BootError):
     """The model loaded, but what it computes in warm-up is wrong or does not fit."""
 

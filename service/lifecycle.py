@@ -62,10 +62,12 @@ class Failure(StrEnum):
 
     LOAD = "load"
     WARMUP = "warmup"
+    BUDGET = "budget"
     DEADLINE = "deadline"
     FORWARD_TIMEOUT = "forward_timeout"
     DEVICE_LOST = "device_lost"
     OUT_OF_MEMORY = "out_of_memory"
+    GREW = "grew"
     KILLED = "killed"
     CRASHED = "crashed"
     EXITED = "exited"

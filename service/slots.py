@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from service.lifecycle import State
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 YOUNG_S = 60.0
 """A worker that dies sooner than this after READY counts as failed."""
@@ -81,12 +81,33 @@ def lowest_free(held: Collection[int], capacity: int) -> int | None:
     return next((slot for slot in range(capacity) if slot not in held), None)
 
 
-def choose_device(devices: Sequence[str], taken: Sequence[str], previous: str = "") -> str:
-    """Return the device with the fewest workers; on a tie the slot's previous one, then the first."""
+def choose_device(
+    devices: Sequence[str],
+    taken: Sequence[str],
+    previous: str = "",
+    room: Mapping[str, int] | None = None,
+) -> str:
+    """Return the device with the fewest workers; on a tie the slot's previous one, then the first.
+
+    Args:
+        devices: to choose from.
+        taken: the device of each worker.
+        previous: of this slot.
+        room: how many workers fit on each device; full ones are left out, unless all are. None: unknown.
+    """
     count = Counter(taken)
-    fewest = min(count[device] for device in devices)
-    candidates = [device for device in devices if count[device] == fewest]
+    free = [device for device in devices if room is None or count[device] < room.get(device, len(taken) + 1)]
+    fewest = min(count[device] for device in free or devices)
+    candidates = [device for device in free or devices if count[device] == fewest]
     return previous if previous in candidates else candidates[0]
+
+
+def spread(devices: Sequence[str], workers: int, room: Mapping[str, int] | None = None) -> list[str]:
+    """Return the device of each of so many workers, as they are chosen one after the other."""
+    taken: list[str] = []
+    for _ in range(workers):
+        taken.append(choose_device(devices, taken, room=room))
+    return taken
 
 
 def backoff_s(failures: int) -> float:
@@ -119,9 +140,9 @@ def leaving_order(records: Sequence[SlotRecord]) -> list[int]:
     while left:
         count = Counter(record.device for record in left)
 
-        def cost(record: SlotRecord, count: Counter[str] = count) -> tuple[bool, int, float, int]:
-            warm = record.state is State.READY
-            return warm, -count[record.device] if warm else 0, -record.since, -record.slot
+        def cost(record: SlotRecord, count: Counter[str] = count) -> tuple[bool, bool, int, float, int]:
+            warm, stays = record.state is State.READY, record.state is not State.DRAINING
+            return warm, stays, -count[record.device] if warm else 0, -record.since, -record.slot
 
         first = min(left, key=cost)
         order.append(first.slot)

@@ -60,4 +60,5 @@ def test_a_boot_error_names_a_failure_of_the_metrics() -> None:
         errors.BootError: Failure.LOAD,
         errors.ModelError: Failure.LOAD,
         errors.WarmupError: Failure.WARMUP,
+        errors.BudgetError: Failure.BUDGET,
     }

@@ -24,6 +24,7 @@ from service.slots import (
     leaving_order,
     lowest_free,
     may_leave,
+    spread,
 )
 
 READY, FAILED, DRAINING, LOADING, EMPTY, BACKOFF = (
@@ -132,6 +133,24 @@ def test_death_leaves_failures_and_a_pause(
 
 
 @pytest.mark.parametrize(
+    ("devices", "workers", "room", "expected"),
+    [
+        (("a", "b"), 5, None, "ababa"),
+        (("a", "b"), 5, {"a": 1, "b": 4}, "abbbb"),
+        (("a", "b"), 4, {"a": 1, "b": 1}, "abab"),
+        (("a",), 2, None, "aa"),
+        (("a", "b"), 0, None, ""),
+    ],
+    ids=["in turns", "a full one is left out", "unless all are", "one device", "nobody"],
+)
+def test_workers_are_spread_as_the_arbiter_forks_them(
+    devices: tuple[str, ...], workers: int, room: dict[str, int] | None, expected: str
+) -> None:
+    """One after the other: the device with the fewest workers and room, the first on a tie."""
+    assert spread(devices, workers, room) == list(expected)
+
+
+@pytest.mark.parametrize(
     ("records", "expected"),
     [
         pytest.param([], [], id="nobody"),
@@ -147,8 +166,8 @@ def test_death_leaves_failures_and_a_pause(
                 worker(2, LOADING, since=1),
                 worker(3, FAILED, since=2),
             ],
-            [3, 2, 1, 0],
-            id="those that serve nobody before the newest warm one",
+            [1, 3, 2, 0],
+            id="those that leave already, those that serve nobody, the newest warm one",
         ),
         pytest.param(
             [
@@ -161,6 +180,11 @@ def test_death_leaves_failures_and_a_pause(
             id="fullest device first, until it is as full as the other",
         ),
         pytest.param(
+            [worker(0, DRAINING, since=1), worker(1, LOADING, since=9), worker(2, BACKOFF, since=9)],
+            [0, 2, 1],
+            id="one that leaves already, however long it has, spares one that boots",
+        ),
+        pytest.param(
             [worker(0, since=5, device="a"), worker(1, since=6, device="b"), worker(2, LOADING, device="b")],
             [2, 1, 0],
             id="a cold one makes its device less full by leaving",
@@ -170,7 +194,7 @@ def test_death_leaves_failures_and_a_pause(
 def test_a_shrinking_fleet_gives_up_the_cheapest_first(
     records: list[SlotRecord], expected: list[int]
 ) -> None:
-    """Draining and cold workers go first, as they serve nobody; then the newest on the fullest device."""
+    """Draining workers, then cold ones, as they serve nobody; then the newest on the fullest device."""
     assert leaving_order(records) == expected
 
 
