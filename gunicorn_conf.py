@@ -13,7 +13,7 @@ worker_class = "service.worker.FleetWorker"
 preload_app = True
 reuse_port = False  # it would send connections to cold workers
 max_requests = 0  # recycling by count would throw warm models away
-workers = settings.workers
+workers = settings.first_workers
 bind = [settings.bind, settings.ops_bind]
 
 timeout = settings.heartbeat_timeout

@@ -15,11 +15,17 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from service import device, exits, fork_guard, metrics, preflight
+from service import cpus, device, exits, fork_guard, metrics, preflight
+from service.budget import describe, line_of
+from service.cgroups import read_host
 from service.errors import SettingsError, WarmfleetError
 from service.fleet import SPARE_SLOTS, Fleet
-from service.lifecycle import Stage
+from service.gpu_memory import read_devices
+from service.growth import resized
+from service.lifecycle import Failure, Stage
 from service.logging import get
+from service.planner import foresee, learn_from_oom
+from service.recall import Recall
 from service.scoreboard import FAILURES, now
 from service.settings import load
 from service.slots import after_death, choose_device, leaving_order, lowest_free
@@ -100,11 +106,25 @@ def make_fleet(server: Arbiter) -> None:
     settings = load()
     state = server.app.wsgi().state
     found = preflight.check(settings)
-    fleet = Fleet.make(settings, found.devices, server.num_workers, state.problem, found.gpu_nodes)
+    cores = cpus.available().cores
+    threads = cpus.threads_for(server.num_workers, cores, settings.threads)
+    readings = read_devices(found.devices)
+    recall = Recall.look(settings, state.folder, readings.values(), cores=cores, threads=threads)
+    fleet = Fleet.make(
+        settings,
+        found.devices,
+        server.num_workers,
+        state.problem,
+        gpu_nodes=found.gpu_nodes,
+        recall=recall,
+        readings=readings,
+    )
+    _remember(server, fleet)
     server.fleet = fleet
     fleet.board.header.import_seconds = state.import_seconds
     fleet.board.header.preload_seconds = state.preload_seconds
     server.exits = exits.ExitWatcher()
+    server.oom_kills = read_host().oom_kills
     server.log.error_log.addFilter(server.exits)
     LOG.info(
         "imports took %.2f s, preloaded weights %.2f s; %d workers on %s",
@@ -116,6 +136,18 @@ def make_fleet(server: Arbiter) -> None:
     LOG.info("CPU: %s", fleet.cpus.describe(fleet.threads))
     if not fleet.cuda and (complaint := fleet.cpus.complaint(server.num_workers, fleet.threads)):
         LOG.warning(complaint)
+
+
+def _remember(server: Arbiter, fleet: Fleet) -> None:
+    """Start as many workers as the last boot's measurements allow, each with its times of warm-up."""
+    last = fleet.recall.last
+    if last is None:
+        return
+    workers = foresee(fleet, last)
+    server._num_workers = workers  # noqa: SLF001 - the property would call a hook
+    fleet.aim(workers)
+    for slot in range(fleet.board.capacity):
+        fleet.board.note_shapes(slot, list(last.shapes))
 
 
 def take_over(server: Arbiter) -> None:
@@ -171,13 +203,15 @@ def place(server: Arbiter, worker: FleetWorker) -> None:
     held = {other.slot for other in server.WORKERS.values()}
     for record in fleet.board.records():
         if record.live and record.slot not in held:  # Gunicorn skips child_exit when a kill finds nobody
-            fleet.board.vacate(record.slot, now())
+            _vacate(fleet, record.slot, now())
     slot = lowest_free(held, fleet.board.capacity)
     if slot is None:
         LOG.error("all %d slots are held; the worker will wait and try again", fleet.board.capacity)
         return
     taken = [record.device for record in fleet.board.records() if record.live]
-    fleet.board.spawn(slot, choose_device(fleet.devices, taken, fleet.board.record(slot).device), now())
+    known = fleet.ledger.read() if fleet.cuda else None
+    room = known.plan().by_device if known else None
+    fleet.board.spawn(slot, choose_device(fleet.devices, taken, fleet.board.record(slot).device, room), now())
     fleet.board.note_stage(slot, Stage.IMPORT, fleet.board.header.import_seconds)
     worker.slot = slot
 
@@ -197,17 +231,40 @@ def bury(server: Arbiter, worker: FleetWorker) -> None:
         LOG.error(
             "slot %d failed while %s: %s", worker.slot, record.state.label, board.record(worker.slot).error
         )
+    kills_before, server.oom_kills = server.oom_kills, read_host().oom_kills
+    if reason is Failure.KILLED and server.oom_kills > kills_before:
+        learn_from_oom(server.fleet, server.oom_kills - kills_before)
     row.failures, row.backoff_until = after_death(record, time, failed=reason is not None)
-    board.vacate(worker.slot, time)
+    _vacate(server.fleet, worker.slot, time)
+
+
+def _vacate(fleet: Fleet, slot: int, time: float) -> None:
+    """Empty a slot; nobody is to run beside a worker that is gone."""
+    numbers = fleet.ledger.numbers
+    if numbers.surge == slot + 1:
+        numbers.surge = 0
+    fleet.board.vacate(slot, time)
 
 
 def resize(server: Arbiter, new: int, old: int) -> None:
     """Clamp growth to the table; make Gunicorn's next victims those whom the fleet misses least."""
     fleet: Fleet = server.fleet
-    most = fleet.board.capacity - SPARE_SLOTS // 2
-    if new > most:
-        server._num_workers = most  # noqa: SLF001 - the property would call this hook again
-        LOG.warning("%d workers are wanted; the table has room for %d", new, most)
+    numbers = fleet.ledger.numbers
+    found = resized(
+        new,
+        old,
+        planned=numbers.planned,
+        surge=int(numbers.surge > 0),
+        fits=numbers.fits,
+        most=fleet.board.capacity - SPARE_SLOTS // 2,
+        binding=fleet.settings.budget_policy != "warn",
+    )
+    numbers.planned = found.planned
+    if found.clamped:
+        server._num_workers = found.target  # noqa: SLF001 - the property would call this hook again
+        LOG.warning("%d workers are wanted, %d is the most: %s", new, found.target, _why(fleet, found.target))
+    numbers.grown += max(0, found.target - old)
+    numbers.shrunk += max(0, old - found.target)
     fleet.board.header.target = server.num_workers
     leaving = len(server.WORKERS) - server.num_workers
     if new < old and leaving > 0:
@@ -217,6 +274,15 @@ def resize(server: Arbiter, new: int, old: int) -> None:
         for rank, slot in enumerate(order):  # Gunicorn ends the lowest age first
             by_slot[slot].age = lowest - leaving + rank
         LOG.info("shrinking to %d workers: slots %s leave", server.num_workers, order)
+
+
+def _why(fleet: Fleet, workers: int) -> str:
+    """Say what allows no more workers: the budget, or the table."""
+    entry = fleet.ledger.read()
+    advice = fleet.settings.budget_policy == "warn"
+    if entry is None or advice or workers < fleet.ledger.numbers.fits:
+        return "the table has no more rows"
+    return describe(line_of(entry.plan()))
 
 
 def clean_up(server: Arbiter) -> None:

@@ -7,11 +7,13 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from service import planner, rooms
 from service.engine import Engine, Limits
 from service.errors import ModelError, OutOfMemoryError, WarmupError
+from service.learned import ShapeHistogram
 from service.lifecycle import Stage, State
 from service.logging import get
-from service.memory import read_host_memory
+from service.memory import read_host_memory, reset_peak
 from service.metrics import MetricsObserver
 from service.ops import SKIPPED
 from service.scoreboard import now
@@ -47,26 +49,35 @@ def boot(
     watchdog: Watchdog,
     device_lost: Callable[[str], None],
     worn_out: Callable[[str], None],
+    shapes: ShapeHistogram,
 ) -> Engine:
     """Wait for the turn, load, warm, measure; return the engine of a warm model.
 
     Raises:
-        BootError: the model cannot be loaded, or computes wrongly.
+        BootError: the model cannot be loaded, computes wrongly, or does not fit the budget.
     """
     board, settings = fleet.board, fleet.settings
     backend.forked(slot, board.rows[slot].generation)
     with _turn(fleet, slot):
         board.enter(slot, State.LOADING, now())
         with watchdog.stage(settings.load_timeout):
+            before = rooms.Before.load(fleet, slot)
             _load(fleet, slot, backend)
+            reset_peak()  # what the load passed through is one worker's at a time, and not in the price
         board.enter(slot, State.WARMING, now())
         with watchdog.stage(settings.warmup_timeout):
+            loaded = backend.memory()
+            planner.fence_first(fleet, slot, backend, before)
             result = _warm(fleet, slot, backend)
-        measure(fleet, slot, backend)
+            measure(fleet, slot, backend)
+            cost = rooms.cost_of(fleet, slot, backend, before, loaded.allocated_bytes if loaded else 0)
+            found = planner.settle(fleet, slot, cost, backend.memory(), before.others)
+    if (share := planner.share_of(fleet, slot, found)) is not None:
+        backend.fence(share)
     return Engine(
         backend,
         _limits(settings, result.max_batch_tokens, cuda=fleet.cuda),
-        observer=MetricsObserver(slot, board),
+        observer=MetricsObserver(slot, board, shapes),
         watchdog=watchdog.forward,
         device_lost=device_lost,
         worn_out=worn_out,
@@ -130,6 +141,7 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
                 max_batch_tokens=budget,
                 shapes=[_shape(text) for text in settings.warmup_shapes],
                 known=board.record(slot).shapes,
+                extra=_learned(fleet, budget),
                 max_rounds=settings.warmup_rounds,
                 budget_s=settings.warmup_budget or (CUDA_WARMUP_S if fleet.cuda else CPU_WARMUP_S),
                 report=_Progress(fleet, slot),
@@ -144,6 +156,14 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
     board.rows[slot].max_batch_tokens = result.max_batch_tokens
     board.note_stage(slot, Stage.WARMUP, now() - began)
     return result
+
+
+def _learned(fleet: Fleet, budget: int) -> list[tuple[int, int]]:
+    """Return the costliest shapes of the traffic before this boot."""
+    last = fleet.recall.last
+    if last is None or not fleet.settings.learn_shapes:
+        return []
+    return ShapeHistogram(last.learned).shapes_for(max_batch_tokens=budget)
 
 
 class _Progress:

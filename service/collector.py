@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from service.fleet import Fleet
+    from service.ledger import Ledger
     from service.slots import SlotRecord
 
     Found = Iterator[GaugeMetricFamily | CounterMetricFamily]
@@ -93,6 +94,7 @@ class BoardCollector:
         yield from _boots(records)
         yield from _batches(records)
         yield from _sizes(records)
+        yield from _budget(self._fleet.ledger)
 
     def _service(self, records: list[SlotRecord]) -> Found:
         header = self._fleet.board.header
@@ -186,6 +188,33 @@ def _sizes(records: list[SlotRecord]) -> Found:
     yield _gauge("worker_memory_bytes", text, host, ["slot", "kind"])
     text = "Device memory of the worker as its allocator knows it: allocated, reserved, peak."
     yield _gauge("worker_device_memory_bytes", text, device, ["slot", "kind"])
+
+
+def _budget(ledger: Ledger) -> Found:
+    numbers, entry = ledger.numbers, ledger.read()
+    yield _gauge(
+        "planned_workers", "Workers that shall run; 0 until one was measured.", {(): numbers.planned}
+    )
+    steps: Samples = {("more",): numbers.grown, ("fewer",): numbers.shrunk}
+    text = "Workers that were added and taken away, by a person or to follow the budget."
+    yield _counter("resizes", text, steps, ["direction"])
+    yield _counter(
+        "oom_kills", "Workers killed by the kernel for want of memory.", {(): numbers.oom_kills}, []
+    )
+    plan = entry.plan() if entry else None
+    found = plan.constraints if plan else ()
+    held = plan.held(numbers.planned) if plan else {}
+    fits: Samples = {(line.name,): line.fits for line in found}
+    yield _gauge("workers_fit", "Workers that a constraint allows.", fits, ["constraint"])
+    memories = [line for line in found if line.kind in ("device", "host")]
+    budgets: Samples = {(line.name,): line.budget for line in memories}
+    yield _gauge(
+        "budget_bytes", "Memory that workers may take, by device, and host.", budgets, ["constraint"]
+    )
+    room: Samples = {(line.name,): line.budget - line.price * held[line.name] for line in memories}
+    yield _gauge("budget_headroom_bytes", "What the planned workers leave of it.", room, ["constraint"])
+    parts: Samples = {(part,): size for part, size in entry.cost.parts.items()} if entry else {}
+    yield _gauge("worker_cost_bytes", "What one worker takes, as measured, by part.", parts, ["part"])
 
 
 def _name(record: SlotRecord) -> str:

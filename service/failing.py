@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NoReturn
 
-from service.errors import WarmfleetError
+from service.errors import BudgetError, WarmfleetError
 from service.lifecycle import Failure, State
 from service.logging import get
 from service.scoreboard import now
@@ -44,8 +44,11 @@ class Failing:
         text = str(error) if expected else f"{type(error).__name__}: {error}"
         LOG.error("the boot failed: %s", text, exc_info=None if expected else error)
         warming = board.rows[self._slot].state == State.WARMING
-        board.fail(self._slot, Failure.WARMUP if warming else Failure.LOAD, text)
-        if board.header.ever_ready or board.rows[self._slot].failures + 1 < settings.boot_attempts:
+        hopeless = isinstance(error, BudgetError)
+        reason = Failure.BUDGET if hopeless else Failure.WARMUP if warming else Failure.LOAD
+        board.fail(self._slot, reason, text)
+        tries_left = board.rows[self._slot].failures + 1 < settings.boot_attempts
+        if board.header.ever_ready or (tries_left and not hopeless):
             self._leave(TRY_AGAIN)
         await self.park()
 

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from service.cpus import Cpus, available, threads_for
+from service.ledger import Ledger
 from service.permits import Permits
 from service.readiness import Policy, Readiness, aggregate
+from service.recall import Recall
 from service.scoreboard import Scoreboard, now
+from service.settings import MOST_WORKERS
 from service.slots import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from service.gpu_memory import DeviceReading
     from service.settings import Settings
     from service.slots import SlotRecord
 
@@ -29,6 +33,7 @@ class Fleet:
     Attributes:
         threads: compute threads of each worker on CPU.
         gpu_nodes: the NUMA node of each device, where the machine says.
+        readings: memory of each GPU before the first fork, where the driver says.
     """
 
     settings: Settings
@@ -41,6 +46,10 @@ class Fleet:
     load_permits: dict[str, Permits]
     roll_permit: Permits
     halt_permit: Permits
+    plan_permit: Permits
+    ledger: Ledger
+    recall: Recall
+    readings: Mapping[str, DeviceReading]
 
     @classmethod
     def make(
@@ -49,16 +58,17 @@ class Fleet:
         devices: tuple[str, ...],
         workers: int,
         problem: str = "",
+        *,
         gpu_nodes: Mapping[str, int] | None = None,
+        recall: Recall | None = None,
+        readings: Mapping[str, DeviceReading] | None = None,
     ) -> Fleet:
         """Arbiter: make everything that forks share; `problem` is why there is no model to load, if so."""
-        board = Scoreboard(workers + SPARE_SLOTS)
-        board.header.target = board.header.slots_used = workers
+        most = settings.max_workers or MOST_WORKERS if settings.workers == "auto" else workers
+        board = Scoreboard(most + SPARE_SLOTS)
         board.header.started = now()
-        for row in board.rows[:workers]:
-            row.since = row.beat = board.header.started
         cpus = available()
-        return cls(
+        fleet = cls(
             settings=settings,
             board=board,
             devices=devices,
@@ -69,12 +79,30 @@ class Fleet:
             load_permits=_load_permits(settings, devices, cpus.cores),
             roll_permit=Permits("roll", 1),
             halt_permit=Permits("halt", 1),
+            plan_permit=Permits("plan", 1),
+            ledger=Ledger(),
+            recall=recall or Recall(),
+            readings=readings or {},
         )
+        fleet.aim(workers)
+        return fleet
+
+    def aim(self, workers: int) -> None:
+        """Arbiter, before the first fork: start so many workers."""
+        header = self.board.header
+        header.target = header.slots_used = workers
+        for row in self.board.rows[:workers]:
+            row.since = row.beat = header.started
 
     @property
     def cuda(self) -> bool:
         """Whether workers are pinned to GPUs."""
         return self.devices != (CPU,)
+
+    @property
+    def concurrent_loads(self) -> int:
+        """How many workers may load at once, on all devices together."""
+        return sum({id(permits): permits.count for permits in self.load_permits.values()}.values())
 
     def cpu_set(self, slot: int) -> frozenset[int] | None:
         """Worker: return the CPUs to be bound to: near the slot's GPU, or a share of the nodes; None: all."""

@@ -8,7 +8,7 @@ import functools
 import resource
 from typing import TYPE_CHECKING, Any
 
-from service import arbiter, cpus, device, metrics
+from service import arbiter, cpus, device, memory, metrics
 from service.boot import boot
 from service.lifecycle import State
 from service.logging import get, set_slot
@@ -71,6 +71,7 @@ def post_fork(server: Arbiter, worker: FleetWorker) -> None:
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, 0)
     )  # a core with a model in it is huge, and holds the GPU's memory
+    memory.go_before_the_arbiter()
     set_slot(worker.slot)
     metrics.adopt(worker.slot)
     device.pin(board.record(worker.slot).device)
@@ -88,6 +89,7 @@ def post_worker_init(worker: FleetWorker) -> None:
         watchdog=worker.watchdog,
         device_lost=worker.device_lost,
         worn_out=worker.worn_out,
+        shapes=worker.upkeep.shapes,
     )
 
 

@@ -23,6 +23,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from service.engine import Observer
 from service.errors import SettingsError
+from service.learned import ShapeHistogram
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,7 +192,7 @@ class MetricsObserver(Observer):
     worker that is killed takes none along. Children are bound once, so an event costs microseconds.
     """
 
-    def __init__(self, slot: int, board: Scoreboard) -> None:
+    def __init__(self, slot: int, board: Scoreboard, shapes: ShapeHistogram | None = None) -> None:
         """Show the slot's series from the start; what warm-up found room for is the declared budget."""
         name = f"s{slot}"
         self._name, self._row = name, board.rows[slot]
@@ -204,6 +205,7 @@ class MetricsObserver(Observer):
         self._batch_texts, self._batch_tokens = BATCH_TEXTS.labels(name), BATCH_TOKENS.labels(name)
         self._batch_seconds, self._padding = BATCH_SECONDS.labels(name), PADDING.labels(name)
         self._out_of_memory = OUT_OF_MEMORY.labels(name)
+        self._shapes = ShapeHistogram() if shapes is None else shapes
         for reason in DROP_REASONS:
             DROPPED.labels(name, reason)
 
@@ -232,6 +234,7 @@ class MetricsObserver(Observer):
 
     def batch(self, texts: int, tokens: int, computed: int, seconds: float) -> None:
         """Observe the pass; its padding, if there was any, is what was computed beyond its tokens."""
+        self._shapes.add(texts, computed, seconds)
         self._batch_texts.observe(texts)
         self._batch_tokens.observe(computed)
         self._batch_seconds.observe(seconds)

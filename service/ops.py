@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from service import __version__
+from service.budget import render
 from service.collector import exposition
-from service.lifecycle import State
+from service.lifecycle import Stage, State
+from service.manifest import eta
 from service.scoreboard import now
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
     Endpoint = Callable[[Request], Awaitable[Response]]
 
+STAGES = {State.LOADING: Stage.LOAD, State.WARMING: Stage.WARMUP}
 SKIPPED = "warm-up is skipped (WARMFLEET_SKIP_WARMUP): the first requests will be slow; development only"
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>warmfleet</title></head>
@@ -83,6 +87,21 @@ def health_payload() -> dict[str, Any]:
     return {"status": "ok"}
 
 
+def budget_payload(fleet: Fleet) -> dict[str, Any]:
+    """Return the sum behind the number of workers: as data, and in words."""
+    numbers, entry = fleet.ledger.numbers, fleet.ledger.read()
+    payload = {
+        "policy": fleet.settings.budget_policy,
+        "wanted": fleet.settings.workers,
+        "planned": numbers.planned,
+        "oom_kills": numbers.oom_kills,
+    }
+    if entry is None:
+        return payload | {"text": ["no worker has been measured yet"]}
+    found = entry.plan()
+    return payload | found.as_json() | {"sum": asdict(entry), "text": render(found).splitlines()}
+
+
 def ready_payload(fleet: Fleet) -> tuple[int, dict[str, Any]]:
     """Return the HTTP status and the body of `/ready`, true within one heartbeat."""
     records = fleet.board.records()
@@ -96,11 +115,25 @@ def ready_payload(fleet: Fleet) -> tuple[int, dict[str, Any]]:
         "ready_workers": readiness.ready_workers,
         "wanted_workers": readiness.wanted,
         "target_workers": fleet.board.header.target,
-        "workers": [slot_payload(record) for record in records if shown(fleet, record)],
+        "planned_workers": fleet.ledger.numbers.planned,
+        "workers": [
+            slot_payload(record) | {"eta_seconds": eta_of(fleet, record)}
+            for record in records
+            if shown(fleet, record)
+        ],
     }
     if fleet.settings.skip_warmup:
         payload["warning"] = SKIPPED
     return 200 if readiness.ready else 503, payload
+
+
+def eta_of(fleet: Fleet, record: SlotRecord) -> float | None:
+    """Return the seconds until a worker is ready, by what the last boot took; None if nobody knows."""
+    last, stage = fleet.recall.last, STAGES.get(record.state)
+    if last is None or stage is None:
+        return None
+    left = eta(last.stage_seconds, stage, now() - record.since)
+    return None if left is None else round(left, 1)
 
 
 def workers_payload(fleet: Fleet) -> dict[str, Any]:
@@ -110,12 +143,14 @@ def workers_payload(fleet: Fleet) -> dict[str, Any]:
     return {
         "version": __version__,
         "model": fleet.settings.model_id,
+        "arbiter_pid": os.getppid(),
         "devices": fleet.devices,
         "target": header.target,
         "roll_epoch": header.roll_epoch,
         "stopping": bool(header.stopping),
         "uptime_seconds": round(now() - header.started, 3),
         "import_seconds": round(header.import_seconds, 3),
+        "budget": budget_payload(fleet),
         "workers": [slot_payload(record) | detail_payload(record) for record in records],
     }
 

@@ -50,7 +50,7 @@ def application() -> FastAPI:
         except WarmfleetError as error:  # the workers will fail alike, and tell on /ready
             LOG.error("the arbiter could not load the model: %s", error)  # noqa: TRY400 - a sentence will do
     faulthandler.cancel_dump_traceback_later()
-    app.state.backend, app.state.problem = backend, problem
+    app.state.backend, app.state.problem, app.state.folder = backend, problem, folder
     app.state.import_seconds = imported - began
     app.state.preload_seconds = time.monotonic() - imported
     gc.collect()

@@ -23,7 +23,15 @@ MAX_SHAPES = 24
 ERROR_BYTES = 1024
 STAGES = tuple(Stage)
 FAILURES = tuple(Failure)
-MEMORY_KINDS = ("rss", "pss", "uss", "device_allocated", "device_reserved", "device_peak")
+MEMORY_KINDS = (
+    "rss",
+    "pss",
+    "uss",
+    "device_allocated",
+    "device_reserved",
+    "device_peak",
+    "device_context",
+)
 
 
 class Header(ctypes.Structure):

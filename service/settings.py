@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AliasChoices,
+    ByteSize,
     Field,
     SecretStr,
     ValidationError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 PREFIX = "WARMFLEET_"
+MOST_WORKERS = 256
 
 # What Kubernetes injects for a Service whose name begins with "warmfleet"; never ours.
 SERVICE_LINK = re.compile(r"WARMFLEET_(.*_)?(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d+_(TCP|UDP|SCTP).*)$")
@@ -118,7 +120,19 @@ class Settings(BaseSettings):
     )
 
     # Workers and devices
-    workers: int = setting("workers", 2, "Worker processes, each with one copy of the model.", ge=1, le=256)
+    workers: int | Literal["auto"] = setting(
+        "workers",
+        2,
+        "Worker processes, each with one copy of the model; `auto` starts one, measures it, and grows to "
+        "what fits the memory (`warmfleet plan` says it beforehand).",
+    )
+    max_workers: int | None = setting(
+        "max_workers",
+        None,
+        "Most workers that `workers=auto` grows to. Default: what fits.",
+        ge=1,
+        le=MOST_WORKERS,
+    )
     device: Literal["auto", "cpu", "cuda"] = setting(
         "device",
         "auto",
@@ -142,6 +156,42 @@ class Settings(BaseSettings):
         "auto",
         "What the arbiter loads before it forks: `imports` only, or the `weights` too (CPU; shared by all "
         "workers). `auto`: weights on CPU, imports on CUDA.",
+    )
+
+    # Memory
+    budget_policy: Literal["clamp", "refuse", "warn"] = setting(
+        "budget_policy",
+        "clamp",
+        "What becomes of more `workers` than fit the memory: `clamp` runs as many as fit, `refuse` ends the "
+        "service, `warn` only says so. The log and `/workers` show the sum.",
+    )
+    gpu_memory_utilization: float = setting(
+        "gpu_memory_utilization", 0.9, "Share of each GPU's memory that may be used.", gt=0, le=1
+    )
+    gpu_memory_limit: ByteSize | None = setting(
+        "gpu_memory_limit",
+        None,
+        "Memory that all workers together may take of each GPU, such as `20GiB`; for GPUs that others share.",
+        ge=1 << 20,
+    )
+    host_memory_utilization: float = setting(
+        "host_memory_utilization",
+        0.9,
+        "Share of the host's memory that may be used: of the smallest cgroup limit, else of the RAM.",
+        gt=0,
+        le=1,
+    )
+    cache_dir: str | None = setting(
+        "cache_dir",
+        None,
+        "Folder in which a boot keeps what it measured, for the next one to start all workers at once. "
+        "Default: `warmfleet/manifests` in XDG_CACHE_HOME, else in `~/.cache`.",
+    )
+    learn_shapes: bool = setting(
+        "learn_shapes",
+        default=True,
+        description="Count the shapes of batches (numbers of tokens and texts, never texts) and warm the "
+        "costliest at the next boot.",
     )
 
     # Listeners
@@ -334,6 +384,9 @@ class Settings(BaseSettings):
     stub_forward_ms: float = setting(
         "stub_forward_ms", 0.0, "Stub backend: milliseconds of a forward pass.", ge=0
     )
+    stub_memory_mb: float = setting(
+        "stub_memory_mb", 0.0, "Stub backend: megabytes that each worker takes for itself.", ge=0
+    )
     stub_scenario: str | None = setting("stub_scenario", None, "Stub backend: TOML file of scripted faults.")
 
     @field_validator("devices", "warmup_shapes", "served_model_name", "cors_origins", mode="before")
@@ -343,6 +396,18 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def check_workers(cls, value: object) -> object:
+        """Take `auto` or a number, and refuse the rest in one sentence."""
+        text = str(value).strip()
+        if text == "auto":
+            return text
+        if not text.isdecimal() or int(text) not in range(1, MOST_WORKERS + 1):
+            msg = f"write a number of workers from 1 to {MOST_WORKERS}, or auto"
+            raise ValueError(msg)
+        return int(text)
 
     @field_validator("warmup_shapes")
     @classmethod
@@ -392,12 +457,23 @@ class Settings(BaseSettings):
         if self.drain_grace >= self.graceful_timeout:
             msg = f"drain_grace {self.drain_grace} must be below graceful_timeout {self.graceful_timeout}"
             raise ValueError(msg)
+        most = self.max_workers if self.workers == "auto" else self.workers
         for name in ("ready_quorum", "ready_floor"):
             value = getattr(self, name)
-            if value is not None and value > self.workers:
-                msg = f"{name} {value} can never be reached with {self.workers} workers; lower it or add some"
+            if value is not None and most is not None and value > most:
+                msg = f"{name} {value} can never be reached with {most} workers; lower it or add some"
                 raise ValueError(msg)
+        if self.max_workers is not None and self.workers not in ("auto", self.max_workers):
+            msg = (
+                f"max_workers {self.max_workers} caps workers=auto only; workers is {self.workers}, drop one"
+            )
+            raise ValueError(msg)
         return self
+
+    @property
+    def first_workers(self) -> int:
+        """Workers to start before anything is measured: the wanted number, or one scout."""
+        return 1 if self.workers == "auto" else self.workers
 
     def _check_exported(self) -> None:
         """Refuse what an exported graph cannot do."""

@@ -84,6 +84,7 @@ def warm(
     max_batch_tokens: int,
     shapes: Sequence[tuple[int, int]] = (),
     known: Sequence[ShapeTimes] = (),
+    extra: Sequence[tuple[int, int]] = (),
     max_rounds: int = 20,
     budget_s: float = 60.0,
     report: Report = lambda done, doing: None,  # noqa: ARG005 - the default shows nothing
@@ -97,6 +98,7 @@ def warm(
         shapes: the batches; default: derived from the budget.
         known: what an earlier worker of this slot measured; a shape that is at once within
             1.5 times its steady time is warm after one pass.
+        extra: further batches, of traffic; those beyond the budget of one pass are left out.
         max_rounds: most passes for one shape.
         budget_s: seconds for all shapes, an equal share each; one pass each is always made.
         report: told before every pass.
@@ -110,6 +112,8 @@ def warm(
     while True:
         try:
             plan = list(shapes) or shapes_for(max_batch_tokens, backend.max_tokens)
+            fitting = [(texts, tokens) for texts, tokens in extra if texts * tokens <= max_batch_tokens]
+            plan = list(dict.fromkeys([*plan, *fitting]))
             times = _warm_shapes(backend, plan, rules)
         except OutOfMemoryError as error:
             problem = str(error)

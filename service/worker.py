@@ -24,7 +24,6 @@ from uvicorn.config import Config
 from uvicorn_worker import UvicornWorker
 
 from service.accept import GatedServer, Shedding
-from service.boot import measure
 from service.failing import Failing
 from service.gate import Gate
 from service.lifecycle import Failure, State
@@ -33,6 +32,7 @@ from service.ops import create_ops_app
 from service.rehearsal import rehearse
 from service.scoreboard import now
 from service.slots import YOUNG_S, may_leave
+from service.upkeep import Upkeep
 from service.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ BEAT_S = 0.1
 MEAN_GAIN = 0.2
 """Weight of the newest of the beats: the mean follows within half a second."""
 NOTIFY_S = 1.0
-MEASURE_S = 15.0
 GARBAGE = 10_000
 """New objects between two collections; at Python's 700 they took a tenth of the event loop's work."""
 SETTLE_S = 0.25
@@ -87,6 +86,13 @@ class FleetWorker(UvicornWorker):
         self._loop = asyncio.get_running_loop()
         self._leave = asyncio.Event()
         self._is_worn_out = False
+        self.upkeep = Upkeep(
+            self.fleet,
+            self.slot,
+            in_thread=partial(self._loop.run_in_executor, None),
+            worn_out=self.worn_out,
+            time=now(),
+        )
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.watchdog = Watchdog(self.fleet.board.rows[self.slot])
         await self._open_listeners()
@@ -95,6 +101,7 @@ class FleetWorker(UvicornWorker):
         await self._boot()
         await self._leave.wait()
         await self._drain()
+        self.upkeep.learn()
         self._exit(0)
 
     # Opening
@@ -167,7 +174,7 @@ class FleetWorker(UvicornWorker):
         """Beat: liveness, load and memory on the scoreboard, and what a worker must notice by itself."""
         board = self.fleet.board
         row, header = board.rows[self.slot], board.header
-        notified = measured = now()
+        notified = now()
         while True:
             time = now()
             row.beat, row.load = time, self._main.load
@@ -185,9 +192,7 @@ class FleetWorker(UvicornWorker):
                     self.fleet.latch()
                 if row.failures and time - row.ready_at >= YOUNG_S:
                     row.failures = 0
-                if time - measured >= MEASURE_S:
-                    measured = time
-                    self._loop.run_in_executor(None, measure, self.fleet, self.slot, self.engine.backend)
+                self.upkeep.tick(time, self.engine.backend)
                 self._roll_if_asked()
             elif row.state != State.DRAINING and self._gate.siblings_serve:
                 self._main.close_silent()
@@ -200,6 +205,8 @@ class FleetWorker(UvicornWorker):
         fleet, board = self.fleet, self.fleet.board
         outdated = board.rows[self.slot].epoch < board.header.roll_epoch
         if not (outdated or self._is_worn_out) or self._leave.is_set():
+            return
+        if self._is_worn_out and self.upkeep.waits_for_replacement():
             return
         target, floor = board.header.target, fleet.settings.ready_floor
         can_leave = partial(may_leave, me=self.slot, target=target, floor=floor)
@@ -226,9 +233,9 @@ class FleetWorker(UvicornWorker):
         self.fleet.board.fail(self.slot, Failure.DEVICE_LOST, message)
         self._loop.call_soon_threadsafe(self._leave.set)
 
-    def worn_out(self, message: str) -> None:
-        """Model thread: a fresh process would do better; leave when the others can do without us."""
-        self.fleet.board.fail(self.slot, Failure.OUT_OF_MEMORY, message)
+    def worn_out(self, message: str, reason: Failure = Failure.OUT_OF_MEMORY) -> None:
+        """Any thread: a fresh process would do better; leave when the others can do without us."""
+        self.fleet.board.fail(self.slot, reason, message)
         self._is_worn_out = True
 
     # Leaving
@@ -239,6 +246,7 @@ class FleetWorker(UvicornWorker):
         header = board.header
         board.enter(self.slot, State.DRAINING, now())
         LOG.info("draining: %d requests in work", main.load)
+        self.upkeep.take_leave()
         await _until(lambda: not header.stopping and not main.server_state.connections, settings.drain_grace)
         if header.stopping:
             main.accept_the_last()

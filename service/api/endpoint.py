@@ -106,8 +106,8 @@ class Endpoint(Generic[A]):
         engine = warm_engine(self.state, scope)
         endpoint = self.serving(engine.backend)
         deadline = engine.deadline(timeout_of(given.get(b"x-request-timeout")))
-        raw = await read_body(receive, given, self.state.settings.max_body_bytes, deadline)
-        asked = endpoint.parse(raw)
+        # The body gets no name: it would stay, beside the texts in it, until the reply is there.
+        asked = endpoint.parse(await read_body(receive, given, self.state.settings.max_body_bytes, deadline))
         held.enter_context(engine.admission.permit(asked.permits))
         result = await unless_gone(receive, endpoint.compute(engine, asked, deadline))
         encoding = time.perf_counter()

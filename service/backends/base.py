@@ -67,11 +67,23 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What this process holds on its device, in bytes, as its allocator knows it."""
+    """What this process holds on its device, in bytes, as its allocator knows it.
+
+    Attributes:
+        allocated_bytes: in tensors.
+        reserved_bytes: in tensors, and kept for the next ones.
+        peak_bytes: most that was ever allocated.
+        peak_reserved_bytes: most that was ever reserved.
+        free_bytes: of the device, whoever uses the rest.
+        total_bytes: of the device.
+    """
 
     allocated_bytes: int
     reserved_bytes: int
     peak_bytes: int
+    peak_reserved_bytes: int = 0
+    free_bytes: int = 0
+    total_bytes: int = 0
 
 
 class Batch(Protocol):
@@ -193,6 +205,9 @@ class Backend(Protocol):
 
     def memory(self) -> DeviceMemory | None:
         """Return device memory in use, or None on a CPU."""
+
+    def fence(self, limit_bytes: int) -> None:
+        """Allocate at most so many bytes on the device from now on; nothing on a CPU."""
 
     def trim(self) -> None:
         """Give cached device memory back."""

@@ -209,6 +209,9 @@ class TorchBackend:
             torch.set_num_threads(threads)
         self._use(self._choose())
         self._let_go()
+        if self._cuda:  # what a worker needs is the peak of its batches, not that of moving here
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     # Routes
 
@@ -354,7 +357,21 @@ class TorchBackend:
         if not self._cuda:
             return None
         cuda = torch.cuda
-        return DeviceMemory(cuda.memory_allocated(), cuda.memory_reserved(), cuda.max_memory_allocated())
+        free, total = cuda.mem_get_info()
+        return DeviceMemory(
+            cuda.memory_allocated(),
+            cuda.memory_reserved(),
+            cuda.max_memory_allocated(),
+            cuda.max_memory_reserved(),
+            free,
+            total,
+        )
+
+    def fence(self, limit_bytes: int) -> None:
+        """Make torch's allocator run out of memory there, before a neighbour does."""
+        if self._cuda:
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
 
     def trim(self) -> None:
         """Empty torch's cache of device memory."""

@@ -6,10 +6,11 @@ generations and repetitions:
 
     [[fault]]
     stage = "load"          # load | warm | forward
-    kind = "hang"           # error | oom | hang | hold_gil | slow | exit | kill | segfault | wrong
+    kind = "hang"           # error | oom | hang | hold_gil | slow | leak | exit | kill | segfault | wrong
     slots = [0]             # default: every slot
     generations = [1, 2]    # default: every generation of the slot
     seconds = 5.0           # of hang, hold_gil and slow; default: for ever (hang, hold_gil), 1 (slow)
+    megabytes = 10          # of leak: kept for good, each time
     text = "boom"           # warm and forward: a word that triggers it; default: every text
     max_tokens = 256        # warm and forward: only batches of more tokens; default: every batch
 """
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 FOR_EVER_S = 3600.0
 FIRST = 2
 """Ids below are the special tokens."""
+LEAKED: list[bytearray] = []
 HASHED = 251
 """Words become ids below this, so that token lists stay small."""
 
@@ -58,6 +60,7 @@ class Fault:
     seconds: float | None = None
     text: str = ""
     max_tokens: int = 0
+    megabytes: float = 0.0
 
     def strike(self) -> None:
         """Do it to this process."""
@@ -71,6 +74,8 @@ class Fault:
                 raise OutOfMemoryError(msg)
             case "hang":
                 time.sleep(seconds)
+            case "leak":
+                LEAKED.append(bytearray(b"\1") * int(self.megabytes * 1e6))
             case "slow":
                 time.sleep(1.0 if self.seconds is None else self.seconds)
             case "hold_gil":
@@ -121,6 +126,7 @@ class StubBackend:
         self._settings = settings
         self._slot, self._generation = 0, 1
         self._faults: tuple[Fault, ...] = ()
+        self._ballast = bytearray()
 
     def forked(self, slot: int, generation: int) -> None:
         """Keep whose faults are due."""
@@ -132,8 +138,9 @@ class StubBackend:
         self._strike("load")
         time.sleep(self._settings.stub_load_ms / 1e3)
 
-    def place(self, *, threads: int) -> None:
-        """Nothing to move."""
+    def place(self, *, threads: int) -> None:  # noqa: ARG002 - it computes nothing
+        """Take `stub_memory_mb` of private memory."""
+        self._ballast = bytearray(b"\1") * int(self._settings.stub_memory_mb * 1e6)
 
     def tokenize(self, inputs: Sequence[Input], *, cut: Cut, prompt: str = "") -> list[Encoding]:
         """One id a word, between two specials."""
@@ -183,6 +190,9 @@ class StubBackend:
 
     def memory(self) -> DeviceMemory | None:
         """Return nothing: there is no device."""
+
+    def fence(self, limit_bytes: int) -> None:
+        """There is no device to fence."""
 
     def trim(self) -> None:
         """Nothing to give back."""

@@ -29,7 +29,7 @@ def app_with(slot: int, engine: object = None, **settings: Any) -> FastAPI:
     values = Settings(backend="stub", **settings)
     app = create_app(values)
     app.state.slot, app.state.engine = slot, engine
-    app.state.fleet = Fleet.make(values, ("cpu",), values.workers)
+    app.state.fleet = Fleet.make(values, ("cpu",), values.first_workers)
     return app
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.budget import GIB, HOST_BUSY, Room, WorkerCost
 from service.collector import exposition
 from service.fleet import Fleet
+from service.ledger import Sum
 from service.lifecycle import State
 from service.settings import Settings
 from service.slots import CPU
@@ -69,3 +71,88 @@ def test_names_of_tei_are_there_only_if_asked_for() -> None:
     """By default no name begins with te_; with te_metrics the queue's length is te_queue_size too."""
     assert not [name for name in scrape(fleet_of_two()) if name.startswith("te_")]
     assert scrape(fleet_of_two(te_metrics=True))["te_queue_size"] == {"": 7}
+
+
+# ---------------------------------------------------------------------------------------------
+# Budget
+
+A, B = "MIG-a", "MIG-b"
+BUDGET = (
+    "planned_workers",
+    "resizes",
+    "oom_kills",
+    "workers_fit",
+    "budget_bytes",
+    "budget_headroom_bytes",
+    "worker_cost_bytes",
+)
+
+
+def budget_of(fleet: Fleet) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return the families of the budget by name: their samples by label values."""
+    families = text_string_to_metric_families(exposition(fleet, {}).decode())
+    found = {
+        family.name.removeprefix("warmfleet_"): {
+            tuple(sample.labels.values()): sample.value for sample in family.samples
+        }
+        for family in families
+    }
+    return {name: found[name] for name in BUDGET}
+
+
+def test_before_the_first_measurement_the_budget_has_no_bytes() -> None:
+    """Nothing is planned, nothing known: counters at 0, and no series that could be taken for a size."""
+    assert budget_of(fleet_of_two()) == {
+        "planned_workers": {(): 0},
+        "resizes": {("more",): 0, ("fewer",): 0},
+        "oom_kills": {(): 0},
+        "workers_fit": {},
+        "budget_bytes": {},
+        "budget_headroom_bytes": {},
+        "worker_cost_bytes": {},
+    }
+
+
+def test_the_budget_of_a_cpu_is_the_hosts() -> None:
+    """A worker of 96 MiB counts for 105.6 after a kill: 18 GiB hold 174. Cores and caps have no bytes."""
+    fleet = fleet_of_two()
+    host = Room("host", 20 * GIB, 1.0, others=GIB, shared=GIB)
+    fleet.ledger.write(Sum(WorkerCost(0, 0, 0, 0), host, cores=8, max_workers=5))
+    numbers = fleet.ledger.numbers
+    numbers.planned, numbers.grown, numbers.shrunk, numbers.oom_kills = 4, 3, 2, 1
+    assert budget_of(fleet) == {
+        "planned_workers": {(): 4},
+        "resizes": {("more",): 3, ("fewer",): 2},
+        "oom_kills": {(): 1},
+        "workers_fit": {("host",): 174, ("cores",): 8, ("max_workers",): 5},
+        "budget_bytes": {("host",): 18 * GIB},
+        "budget_headroom_bytes": {("host",): 18 * GIB - 4 * int(1.1 * HOST_BUSY)},
+        "worker_cost_bytes": {("context",): 0, ("weights",): 0, ("batch",): 0, ("host",): 0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("planned", "a", "b"), [(0, 20, 10), (1, 16, 10), (3, 12, 6), (4, 12, 2), (5, 8, 2), (7, 0, 2)]
+)
+def test_headroom_follows_the_workers_to_their_devices(planned: int, a: int, b: int) -> None:
+    """5 of 4 GiB fit on the one, 2 on the other: they take turns until the smaller is full."""
+    fleet = Fleet.make(Settings(backend="stub"), (A, B), 2)
+    devices = (Room(A, 20 * GIB, 1.0), Room(B, 10 * GIB, 1.0))
+    fleet.ledger.write(Sum(WorkerCost(4 * GIB, 0, 0, 0), Room("host", 20 * GIB, 1.0), devices))
+    fleet.ledger.numbers.planned = planned
+    room = budget_of(fleet)["budget_headroom_bytes"]
+    assert room == {(A,): a * GIB, (B,): b * GIB, ("host",): 20 * GIB - planned * HOST_BUSY}
+    assert budget_of(fleet)["worker_cost_bytes"]["context",] == 4 * GIB
+
+
+def test_names_of_the_budget_are_as_prometheus_wants_them() -> None:
+    """Bytes end in _bytes, counters in _total, and every family has a help text."""
+    lines = exposition(fleet_of_two(), {}).decode().splitlines()
+    kinds = dict(line.split()[2:4] for line in lines if line.startswith("# TYPE"))
+    helped = {line.split()[2] for line in lines if line.startswith("# HELP")}
+    counters = {"warmfleet_resizes_total", "warmfleet_oom_kills_total"}
+    assert {name for name, kind in kinds.items() if kind == "counter"} >= counters
+    names = {f"warmfleet_{name}" for name in BUDGET} - {"warmfleet_resizes", "warmfleet_oom_kills"} | counters
+    assert names <= helped
+    assert {name for name in names if "bytes" in name and not name.endswith("_bytes")} == set()
+    assert 'warmfleet_resizes_total{direction="more"} 0.0' in lines

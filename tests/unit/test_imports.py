@@ -39,5 +39,5 @@ def test_importing_the_service_imports_neither_numpy_nor_torch() -> None:
 
 def test_a_wrong_setting_ends_the_start_before_torch() -> None:
     """gunicorn_conf.py exits with 1 and one line, in milliseconds, as nothing heavy was imported."""
-    line = "warmfleet: WARMFLEET_WORKERS=0: Input should be greater than or equal to 1\n"
+    line = "warmfleet: WARMFLEET_WORKERS=0: write a number of workers from 1 to 256, or auto\n"
     assert run("import gunicorn_conf", WARMFLEET_WORKERS="0") == (1, "[]\n", line)

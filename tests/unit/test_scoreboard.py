@@ -125,6 +125,7 @@ def test_everything_that_is_noted_is_in_the_record(board: Scoreboard) -> None:
             "device_allocated": 1,
             "device_reserved": 1,
             "device_peak": 1,
+            "device_context": 1,
         },
     )
     assert [board.record(1), board.record(1)] == [expected, expected]

@@ -66,6 +66,12 @@ def test_every_setting_has_our_name_first_and_tei_names_behind() -> None:
     ("variable", "text", "name", "value"),
     [
         ("WARMFLEET_WORKERS", "7", "workers", 7),
+        ("WARMFLEET_WORKERS", " 7 ", "workers", 7),
+        ("WARMFLEET_WORKERS", "256", "workers", 256),
+        ("WARMFLEET_WORKERS", "auto", "workers", "auto"),
+        ("WARMFLEET_GPU_MEMORY_LIMIT", "20GiB", "gpu_memory_limit", 20 << 30),
+        ("WARMFLEET_GPU_MEMORY_LIMIT", "1.5 GB", "gpu_memory_limit", 1_500_000_000),
+        ("WARMFLEET_GPU_MEMORY_LIMIT", "1048576", "gpu_memory_limit", 1 << 20),
         ("WARMFLEET_COLD_HOLD", "2.5", "cold_hold", 2.5),
         ("WARMFLEET_TRUST_REMOTE_CODE", "true", "trust_remote_code", True),
         ("WARMFLEET_READY_QUORUM", "2", "ready_quorum", 2),
@@ -159,6 +165,12 @@ def test_unknown_arguments_are_refused() -> None:
 # Values
 
 
+@pytest.mark.parametrize(("workers", "first"), [("auto", 1), (1, 1), (7, 7)])
+def test_auto_starts_with_one_worker(workers: int | str, first: int) -> None:
+    """The scout: before it was measured nobody knows how many fit; a number starts as it is."""
+    assert Settings(workers=workers).first_workers == first
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -190,6 +202,7 @@ def test_a_listener_is_host_and_port_or_a_socket(monkeypatch: pytest.MonkeyPatch
     assert load().bind == bind
 
 
+WORKERS = "write a number of workers from 1 to 256, or auto"
 INTEGER = "Input should be a valid integer, unable to parse string as an integer"
 ADDRESS = "write host:port with a port from 1 to 65535, such as 127.0.0.1:8000 or [::1]:8000"
 SHAPE = "is not a shape; write texts x tokens, such as 2x256"
@@ -198,10 +211,21 @@ SHAPE = "is not a shape; write texts x tokens, such as 2x256"
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("workers", "0", "Input should be greater than or equal to 1"),
-        ("workers", "257", "Input should be less than or equal to 256"),
-        ("workers", "two", INTEGER),
-        ("workers", "2.5", INTEGER),
+        ("workers", "0", WORKERS),
+        ("workers", "257", WORKERS),
+        ("workers", "-1", WORKERS),
+        ("workers", "two", WORKERS),
+        ("workers", "2.5", WORKERS),
+        ("workers", "Auto", WORKERS),
+        ("max_workers", "0", "Input should be greater than or equal to 1"),
+        ("max_workers", "257", "Input should be less than or equal to 256"),
+        ("max_workers", "auto", INTEGER),
+        ("budget_policy", "ignore", "Input should be 'clamp', 'refuse' or 'warn'"),
+        ("gpu_memory_utilization", "0", "Input should be greater than 0"),
+        ("gpu_memory_utilization", "1.01", "Input should be less than or equal to 1"),
+        ("host_memory_utilization", "0", "Input should be greater than 0"),
+        ("gpu_memory_limit", "1023KiB", "Input should be greater than or equal to 1048576"),
+        ("gpu_memory_limit", "20 giblets", "could not interpret byte unit: giblets"),
         ("load_timeout", "0", "Input should be greater than 0"),
         ("load_timeout", "inf", "Input should be a finite number"),
         ("cold_hold", "nan", "Input should be a finite number"),
@@ -237,13 +261,13 @@ def test_several_wrong_values_are_told_at_once(monkeypatch: pytest.MonkeyPatch) 
     text = refusal(monkeypatch, WARMFLEET_WORKERS="0", WARMFLEET_DTYPE="int8")
     assert text.split("; ") == [
         "WARMFLEET_DTYPE=int8: Input should be 'auto', 'float32', 'float16' or 'bfloat16'",
-        "WARMFLEET_WORKERS=0: Input should be greater than or equal to 1",
+        f"WARMFLEET_WORKERS=0: {WORKERS}",
     ]
 
 
 def test_a_value_of_two_lines_is_told_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The message stays one line, whatever a YAML block has put into the variable."""
-    assert refusal(monkeypatch, WARMFLEET_WORKERS="2\nor 3") == rf"WARMFLEET_WORKERS=2\nor 3: {INTEGER}"
+    assert refusal(monkeypatch, WARMFLEET_WORKERS="2\nor 3") == rf"WARMFLEET_WORKERS=2\nor 3: {WORKERS}"
 
 
 @pytest.mark.parametrize(
@@ -278,6 +302,18 @@ def test_a_value_of_two_lines_is_told_in_one(monkeypatch: pytest.MonkeyPatch) ->
             "ready_quorum 3 can never be reached with 2 workers; lower it or add some",
         ),
         (
+            {"ready_quorum": "3", "workers": "auto", "max_workers": "2"},
+            "ready_quorum 3 can never be reached with 2 workers; lower it or add some",
+        ),
+        (
+            {"max_workers": "3", "workers": "4"},
+            "max_workers 3 caps workers=auto only; workers is 4, drop one",
+        ),
+        (
+            {"max_workers": "3"},
+            "max_workers 3 caps workers=auto only; workers is 2, drop one",
+        ),
+        (
             {"ready_floor": "5", "workers": "4"},
             "ready_floor 5 can never be reached with 4 workers; lower it or add some",
         ),
@@ -302,6 +338,9 @@ def test_settings_that_exclude_each_other_are_refused(
         {"device": "cpu", "preload": "weights"},
         {"drain_grace": 29.5, "graceful_timeout": 30},
         {"ready_quorum": 2, "ready_floor": 2, "workers": 2},
+        {"ready_quorum": 200, "workers": "auto"},
+        {"ready_quorum": 3, "workers": "auto", "max_workers": 3},
+        {"workers": 4, "max_workers": 4},
     ],
     ids="+".join,
 )
@@ -361,7 +400,7 @@ def test_a_wrong_setting_ends_the_process_with_one_line(
     monkeypatch.setenv("WARMFLEET_WORKERS", "0")
     with pytest.raises(SystemExit) as caught:
         load_or_exit()
-    printed = "warmfleet: WARMFLEET_WORKERS=0: Input should be greater than or equal to 1\n"
+    printed = f"warmfleet: WARMFLEET_WORKERS=0: {WORKERS}\n"
     assert (caught.value.code, capsys.readouterr()) == (1, ("", printed))
 
 

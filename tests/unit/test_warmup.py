@@ -249,6 +249,47 @@ def test_progress_is_told_before_every_pass(model: FakeModel) -> None:
     ]
 
 
+# What traffic taught
+
+
+def test_learned_shapes_are_warmed_after_the_usual_ones(model: FakeModel) -> None:
+    """The worst batch stays first, as it shows whether there is room; what traffic sends comes last."""
+    result = model.warm(extra=[(5, 50), (3, 100)])
+    expected = [*shapes_for(512, 256), (5, 50), (3, 100)]
+    assert [(s.texts, s.tokens) for s in result.shapes] == expected
+    assert runs(model.passes) == [(shape, 4) for shape in expected]
+
+
+def test_a_shape_that_is_warmed_anyway_is_not_warmed_twice(model: FakeModel) -> None:
+    """Neither one of the usual shapes, nor one that was learned twice."""
+    model.warm(shapes=[(2, 16), (1, 8)], extra=[(1, 8), (3, 8), (3, 8)])
+    assert [shape for shape, _ in runs(model.passes)] == [(2, 16), (1, 8), (3, 8)]
+
+
+def test_learned_shapes_beyond_the_budget_are_left_out(model: FakeModel) -> None:
+    """They are of a day when more was allowed: 512 tokens are taken, 513 are not."""
+    result = model.warm(shapes=[(2, 16)], extra=[(3, 171), (4, 128), (27, 19)])
+    assert [(s.texts, s.tokens) for s in result.shapes] == [(2, 16), (4, 128)]
+
+
+def test_a_halved_budget_leaves_out_more_of_them(model: FakeModel) -> None:
+    """Of 2048 tokens 512 have room: what exceeds that is not tried again, the rest is warmed."""
+    model.room = 700
+    result = model.warm(max_batch_tokens=2048, extra=[(8, 200), (5, 100), (5, 110)])
+    assert result.max_batch_tokens == 512
+    assert [(s.texts, s.tokens) for s in result.shapes] == [*shapes_for(512, 256), (5, 100)]
+    assert (model.trims, (8, 200) in model.passes) == (2, False)
+
+
+def test_a_learned_shape_without_room_halves_the_budget_too(model: FakeModel) -> None:
+    """Traffic that did fit once and does not now is no reason to fail: less is served."""
+    model.room = 1000
+    assert max(texts * tokens for texts, tokens in shapes_for(1001, 256)) == 1000
+    result = model.warm(max_batch_tokens=1001, extra=[(7, 143)])
+    assert result.max_batch_tokens == 500
+    assert [(s.texts, s.tokens) for s in result.shapes] == shapes_for(500, 256)
+
+
 # What makes it fail
 
 SPOILT: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
