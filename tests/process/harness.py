@@ -30,7 +30,9 @@ from signal import SIGKILL, SIGTERM
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx
+import pytest
 
+from service.cgroups import cgroup_folders, counts, number, read_text
 from service.settings import Settings, variables
 
 if TYPE_CHECKING:
@@ -221,8 +223,84 @@ def send(client: httpx.Client, url: str, texts: Sequence[str]) -> Outcome:
     return Outcome(sent, time.monotonic() - sent, status, error)
 
 
+class MemoryGroup:
+    """A cgroup with a memory limit, of version 1 or 2, for a service to run in. Use it in a `with`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def make(cls, limit_bytes: int) -> Self:
+        """Make one below our own cgroup or one around it, whichever lets us; skip the test if none does."""
+        problem = "no memory controller is to be seen"
+        for parent in cgroup_folders(controller="memory"):
+            version_1 = (parent / "memory.limit_in_bytes").exists()
+            if not version_1 and "memory" not in read_text(parent / "cgroup.subtree_control").split():
+                continue
+            made = cls(parent / f"warmfleet-test-{os.getpid()}-{random.randrange(1 << 32):08x}")
+            try:
+                made.folder.mkdir()
+                made.limit(limit_bytes)
+                subprocess.run([*made.entering, "true"], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                problem = f"{parent}: {error}"
+                made.remove()
+            else:
+                return made
+        pytest.skip(f"this machine lets us set no memory limit: {problem}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @property
+    def entering(self) -> tuple[str, ...]:
+        """The beginning of a command line that is to run in this group, with all its children."""
+        return ("sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.folder / "cgroup.procs"))
+
+    def limit(self, limit_bytes: int) -> None:
+        """Set the limit; no swap beside it, where there is any."""
+        sizes = {"memory.limit_in_bytes": limit_bytes, "memory.memsw.limit_in_bytes": limit_bytes}
+        if not (self.folder / "memory.limit_in_bytes").exists():
+            sizes = {"memory.max": limit_bytes, "memory.swap.max": 0}
+        first, second = sizes
+        (self.folder / first).write_text(str(sizes[first]), encoding="ascii")
+        if (self.folder / second).exists():
+            (self.folder / second).write_text(str(sizes[second]), encoding="ascii")
+
+    @property
+    def used_bytes(self) -> int:
+        """What the group has now, file pages included."""
+        return number(self.folder / "memory.usage_in_bytes") or number(self.folder / "memory.current")
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that it ever had."""
+        return number(self.folder / "memory.max_usage_in_bytes") or number(self.folder / "memory.peak")
+
+    @property
+    def oom_kills(self) -> int:
+        """How many of its processes the kernel has killed for want of memory."""
+        version_2 = counts(self.folder / "memory.events")
+        return (version_2 or counts(self.folder / "memory.oom_control")).get("oom_kill", 0)
+
+    def remove(self) -> None:
+        """Remove it, once the kernel has let go of the last process."""
+
+        def gone() -> bool:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+            return not self.folder.exists()
+
+        until(gone, 10, f"{self.folder} is empty")
+
+
 class Service:
     """`python -m gunicorn -c gunicorn_conf.py` in a process group of its own. Settings are keyword arguments.
+
+    Each has an empty cache of its own, unless told `cache_dir`: no boot knows what another has measured.
 
     Attributes:
         arbiter: pid of Gunicorn's main process.
@@ -232,10 +310,16 @@ class Service:
     """
 
     def __init__(
-        self, *, environ: dict[str, str] | None = None, prefix: Sequence[str] = (), **settings: Any
+        self,
+        *,
+        environ: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        group: MemoryGroup | None = None,
+        **settings: Any,
     ) -> None:
         self.bind, self.ops_bind = (f"127.0.0.1:{free_port()}" for _ in range(2))
         self.prefix = tuple(prefix)
+        self._entering = group.entering if group else ()
         self.code: int | None = None
         self.outcomes: list[Outcome] = []
         self.scrapes: list[Metrics] = []
@@ -253,9 +337,11 @@ class Service:
 
     def __enter__(self) -> Self:
         self._log = tempfile.NamedTemporaryFile(prefix="warmfleet-test-", suffix=".log")
+        self._cache = tempfile.TemporaryDirectory(prefix="warmfleet-test-", ignore_cleanup_errors=True)
+        self.environ.setdefault("WARMFLEET_CACHE_DIR", self._cache.name)
         self._client = new_client()
         self._popen = subprocess.Popen(
-            [*self.prefix, sys.executable, "-m", "gunicorn", "-c", "gunicorn_conf.py"],
+            [*self._entering, *self.prefix, sys.executable, "-m", "gunicorn", "-c", "gunicorn_conf.py"],
             cwd=ROOT,
             env=self.environ,
             stdin=subprocess.DEVNULL,
@@ -283,6 +369,7 @@ class Service:
             if kind is not None:
                 print(f"--- log of the service (exit code {self.code}) ---\n{self.log}")
             self._log.close()
+            self._cache.cleanup()
 
     # Looking
 
@@ -339,6 +426,11 @@ class Service:
     def pids(self) -> dict[int, int]:
         """Return the process of each slot that has one."""
         return {slot: row["pid"] for slot, row in self.workers().items() if row["pid"]}
+
+    def budget(self) -> dict[str, Any]:
+        """Return the sum behind the number of workers, as /workers has it."""
+        found: dict[str, Any] = self.ask("/workers").json()["budget"]
+        return found
 
     def metrics(self) -> Metrics:
         """Scrape."""
