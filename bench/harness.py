@@ -198,6 +198,8 @@ class Server:
     def __enter__(self) -> Self:
         """Start it; its output goes to a file that is shown if the run fails."""
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._cache = tempfile.TemporaryDirectory(prefix="warmfleet-bench-", ignore_cleanup_errors=True)
+        self._env.setdefault("WARMFLEET_CACHE_DIR", self._cache.name)  # no boot knows what another measured
         self.exec_at = time.perf_counter()
         self.process = subprocess.Popen(
             self._command,
@@ -224,6 +226,7 @@ class Server:
                 f"--- the last lines of {' '.join(self._command)}\n{self.log()[-4000:]}---", file=sys.stderr
             )
         self._log.close()
+        self._cache.cleanup()
 
     def kill(self) -> None:
         """End all of it at once."""
@@ -359,12 +362,17 @@ def no_uvloop(env: dict[str, str]) -> dict[str, str]:
     return env | {"PYTHONPATH": str(folder)}
 
 
-def warmfleet(*, workers: int, loop: str = "uvloop", **settings: str | float) -> Server:
-    """Return warmfleet with so many workers on the CPU; settings without their prefix, in lower case."""
+def warmfleet(
+    *, workers: int | str, loop: str = "uvloop", prefix: Sequence[str] = (), **settings: str | float
+) -> Server:
+    """Return warmfleet with so many workers on the CPU; settings without their prefix, in lower case.
+
+    `prefix` is a command that becomes the one that follows it.
+    """
     port, ops_port = free_ports(2)
     chosen = {"device": "cpu", "workers": workers, "bind": f"{HOST}:{port}", "ops_bind": f"{HOST}:{ops_port}"}
     env = {f"WARMFLEET_{name.upper()}": str(value) for name, value in (chosen | settings).items()}
-    command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn_conf.py"]
+    command = [*prefix, sys.executable, "-m", "gunicorn", "-c", "gunicorn_conf.py"]
     return Server(command, port=port, ops_port=ops_port, env=env if loop == "uvloop" else no_uvloop(env))
 
 
@@ -373,6 +381,15 @@ def tutorial(threads: int = 0) -> Server:
     (port,) = free_ports(1)
     env = {"TUTORIAL_MODEL": model_folder()} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     return Server(uvicorn_command("tutorial:app", port), port=port, env=env)
+
+
+def naive_copies(workers: int) -> Server:
+    """Return the tutorial server under so many plain Gunicorn workers, each with a model of its own."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "gunicorn", "tutorial:app", "-k", "uvicorn_worker.UvicornWorker"]
+    command += ["--pythonpath", str(BENCH), "-w", str(workers), "-b", f"{HOST}:{port}", "-t", "300"]
+    env = {"TUTORIAL_MODEL": model_folder(), "OMP_NUM_THREADS": "1"}
+    return Server(command, port=port, env=env)
 
 
 def uvicorn_command(app: str, port: int) -> list[str]:
