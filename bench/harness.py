@@ -509,6 +509,11 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
+def _placeless(value: Any) -> Any:  # noqa: ANN401 - any option's
+    """Return an option as a results file has it: a path tells nothing of this machine's user."""
+    return str(value).replace(str(Path.home()), "~", 1) if isinstance(value, Path) else value
+
+
 class Record:
     """Raw samples on their way to a file, written after each round: an interrupted run is not lost."""
 
@@ -523,9 +528,7 @@ class Record:
             "commit": commit(),
             "hardware": hardware(),
             "versions": versions(),
-            "settings": {
-                key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-            },
+            "settings": {key: _placeless(value) for key, value in vars(args).items()},
         }
 
     def add(self, **sample: Any) -> None:  # noqa: ANN401 - JSON is anything

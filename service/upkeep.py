@@ -130,9 +130,11 @@ class Upkeep:
         board, numbers = self._fleet.board, self._fleet.ledger.numbers
         if numbers.kept or numbers.planned != board.header.target:
             return
-        live = [record for record in board.records() if record.live]
-        entry = self._fleet.ledger.read()
-        if entry and len(live) == numbers.planned and all(record.state is State.READY for record in live):
+        peers = board.peers(without=self._slot)  # some microseconds: this is asked at every beat of a boot
+        if len(peers) + 1 < numbers.planned or any(peer.state is not State.READY for peer in peers):
+            return
+        if entry := self._fleet.ledger.read():
             numbers.kept = 1  # two at once do no harm
+            live = [record for record in board.records() if record.live]
             seconds = time - board.header.started
             self._in_thread(partial(self._fleet.recall.keep, live, entry.cost, boot_seconds=seconds))

@@ -12,6 +12,8 @@ from service.errors import NotReadyError, RequestError, UnauthorizedError, Unkno
 
 JSON = (b"content-type", b"application/json")
 Headers = list[tuple[bytes, bytes]]
+SERVER_ERROR = 500
+"""From here on the fault is ours, and a report of it needs the request's id."""
 
 OPENAI_TYPES: dict[int, tuple[str, str | None]] = {
     401: ("authentication_error", "invalid_api_key"),
@@ -54,7 +56,7 @@ def error_body(path: str, status: int, message: str, kind: str, code: str | None
 def error_reply(path: str, error: RequestError, request_id: str = "") -> tuple[int, Headers, bytes]:
     """Return status, headers and body of an error; whoever reports a 5xx can name its request."""
     status = int(error.status)
-    message = f"{error} (request {request_id})" if status >= 500 and request_id else str(error)  # noqa: PLR2004
+    message = f"{error} (request {request_id})" if status >= SERVER_ERROR and request_id else str(error)
     code = "model_not_found" if isinstance(error, UnknownModelError) else None
     headers: Headers = [JSON]
     if error.retry_after_s is not None:

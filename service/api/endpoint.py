@@ -142,11 +142,11 @@ class Endpoint(Generic[A]):
 
     async def compute(self, engine: Engine, asked: A, deadline: Deadline) -> Any:  # noqa: ANN401 - the endpoint's own
         """Ask the engine."""
-        raise NotImplementedError
+        raise NotImplementedError  # an endpoint that names another by `serving` needs none of its own
 
     def encode(self, engine: Engine, asked: A, result: Any, *, octets: bool) -> Encoded:  # noqa: ANN401 - the endpoint's own
         """Write the reply; may be called in a thread."""
-        raise NotImplementedError
+        raise NotImplementedError  # an endpoint that names another by `serving` needs none of its own
 
 
 def _size(result: object) -> int:

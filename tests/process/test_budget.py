@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from signal import SIGKILL, SIGTTIN, SIGTTOU
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +14,6 @@ from service.cpus import available
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 MIB = 1 << 20
 CORES = available().cores
@@ -423,7 +422,7 @@ class TestOomKill:
             (killed,) = [row for row in rows if row["generation"] == 2]
             assert killed["failures_by_reason"] == {"killed": 1}
             assert len(set(before.values()) & set(service.pids().values())) == 1
-            assert os.path.exists(f"/proc/{arbiter}")  # noqa: PTH110
+            assert Path(f"/proc/{arbiter}").exists()
             assert service.embed().ok
             assert_invariants(service)
 

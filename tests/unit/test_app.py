@@ -538,12 +538,13 @@ def test_a_server_that_stops_still_cancels_a_request(
 ) -> None:
     """A cancellation that no client caused goes on to whoever asked for it."""
     engine = make_engine()
-    monkeypatch.setattr(engine.inference, "put", lambda entries: None)
+    waiting = asyncio.Event()
+    monkeypatch.setattr(engine.inference, "put", lambda entries: waiting.set())
     body = {"type": "http.request", "body": b'["a"]', "more_body": False}
 
     async def stop() -> None:
         task = asyncio.create_task(exchange(app_with(counters.slot, engine), "/embed", [body]))  # type: ignore[arg-type]
-        await asyncio.sleep(0.05)
+        await asyncio.wait_for(waiting.wait(), 10)
         task.cancel()
         await task
 

@@ -67,36 +67,36 @@ class FakeNvml:
     def __init__(self, *gpus: Part, works: bool = True) -> None:
         self.gpus, self.works = gpus, works
 
-    def nvmlInit(self) -> None:  # noqa: N802
+    def nvmlInit(self) -> None:  # noqa: N802 - NVML's name
         known(self.works or None)
 
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802 - NVML's name
         return len(self.gpus)
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> Part:  # noqa: N802
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Part:  # noqa: N802 - NVML's name
         return self.gpus[index]
 
-    def nvmlDeviceGetUUID(self, part: Part) -> str:  # noqa: N802
+    def nvmlDeviceGetUUID(self, part: Part) -> str:  # noqa: N802 - NVML's name
         return part.uuid
 
-    def nvmlDeviceGetName(self, part: Part) -> str:  # noqa: N802
+    def nvmlDeviceGetName(self, part: Part) -> str:  # noqa: N802 - NVML's name
         return known(part.name)
 
-    def nvmlDeviceGetMigMode(self, part: Part) -> tuple[int, int]:  # noqa: N802
+    def nvmlDeviceGetMigMode(self, part: Part) -> tuple[int, int]:  # noqa: N802 - NVML's name
         known(part.mig)
         return 1, 1
 
-    def nvmlDeviceGetMaxMigDeviceCount(self, part: Part) -> int:  # noqa: N802
+    def nvmlDeviceGetMaxMigDeviceCount(self, part: Part) -> int:  # noqa: N802 - NVML's name
         return len(known(part.mig))
 
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, part: Part, index: int) -> Part:  # noqa: N802
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, part: Part, index: int) -> Part:  # noqa: N802 - NVML's name
         return known(known(part.mig)[index])
 
-    def nvmlDeviceGetMemoryInfo(self, part: Part, version: int | None = None) -> Memory:  # noqa: N802
+    def nvmlDeviceGetMemoryInfo(self, part: Part, version: int | None = None) -> Memory:  # noqa: N802 - NVML's name
         assert version in {None, self.nvmlMemory_v2}
         return known(part.memory_v2 if version else part.memory_v1)
 
-    def nvmlDeviceGetComputeRunningProcesses(self, part: Part) -> list[Row]:  # noqa: N802
+    def nvmlDeviceGetComputeRunningProcesses(self, part: Part) -> list[Row]:  # noqa: N802 - NVML's name
         return known(part.rows)
 
 
