@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`gunicorn -c gunicorn_conf.py` starts the service: settings in Gunicorn's words, hooks by name."""
 
-from pathlib import Path
+import os
 
 from service import hooks, logging
 from service.settings import load_or_exit
@@ -19,7 +19,8 @@ bind = [settings.bind, settings.ops_bind]
 timeout = settings.heartbeat_timeout
 graceful_timeout = settings.graceful_timeout
 keepalive = settings.keepalive
-worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - the heartbeat must not wait for a disk
+shm = "/dev/shm"  # noqa: S108 - the heartbeat must not wait for a disk
+worker_tmp_dir = shm if os.access(shm, os.W_OK) else None
 control_socket_disable = True  # whoever has the uid could stop the service through it
 logconfig_dict = logging.config(settings.log_format, settings.log_level)
 

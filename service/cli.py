@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -20,13 +21,16 @@ from service.settings import MOST_WORKERS, PREFIX, Settings, load_or_exit, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
+ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 EXAMPLES = """
 \b
 Examples:
   warmfleet serve                                      the demo model on two workers
   warmfleet serve --model-id org/name --workers 4      a model from the hub
   warmfleet serve --backend stub --stub-forward-ms 20  no model: try the service itself
+  warmfleet download --model-id org/name               fill the hub cache, and start nothing
   warmfleet plan --gpus 4 --gpu-memory 80GiB           how many workers would fit another machine
   warmfleet check                                      what a start would find, with nothing started
   warmfleet scale 4                                    a running service: four workers from now on
@@ -91,8 +95,22 @@ def plan(
     settings = _apply(given | ({"max_batch_tokens": str(listed[0])} if listed else {}))
     machine = Machine(gpu_memory, gpus, host_memory, cores)
     sweep = planning.Sweep(listed, dtypes or ())
-    with _in_one_line():
+    with _in_one_line(), _ended_like_interrupted():
         sys.exit(0 if planning.plan(_gunicorn(), settings, machine, sweep, data=as_json) else 1)
+
+
+@setting_options
+@main.command("download")
+def fill(**given: Any) -> None:  # noqa: ANN401 - one per setting
+    """Fetch the model into the hub cache, unless it is here, and end: for an init container, say.
+
+    Exit codes: 0 the model is here, 1 it is not, one line says why, 2 the command line is wrong.
+    """
+    from service.commands import downloading
+
+    settings = _apply(given)
+    with _in_one_line(), _ended_like_interrupted():
+        click.echo(downloading.fill(settings))
 
 
 @setting_options
@@ -181,6 +199,21 @@ def _in_one_line() -> Iterator[None]:
     except WarmfleetError as error:
         click.echo(f"warmfleet: {error}", err=True)
         sys.exit(1)
+
+
+@contextmanager
+def _ended_like_interrupted() -> Iterator[None]:
+    """Let a stop by signal end a child too, as Ctrl-C does; PID 1 would not even notice it."""
+
+    def leave(signum: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + signum)
+
+    before = [signal.signal(signum, leave) for signum in ENDING]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(ENDING, before, strict=True):
+            signal.signal(signum, handler)
 
 
 def _gunicorn() -> list[str]:

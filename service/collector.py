@@ -13,30 +13,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from service import __version__
+from service.families import counter, gauge, slot_name
 from service.lifecycle import State
 from service.memory import listen_queue_length
+from service.memory_metrics import memory_families
 from service.metrics import DIRECTORY, UNREADABLE, counter_files
 from service.scoreboard import now
 from service.te_metrics import te_families
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from prometheus_client.metrics_core import Metric
 
+    from service.families import Found, Samples
     from service.fleet import Fleet
-    from service.ledger import Ledger
     from service.slots import SlotRecord
-
-    Found = Iterator[GaugeMetricFamily | CounterMetricFamily]
-    Labels = tuple[str, ...]
-    Samples = dict[Labels, float]
 
 
 def exposition(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -> bytes:
@@ -90,71 +87,90 @@ class BoardCollector:
         """Yield every family."""
         records = self._fleet.board.records()
         yield from self._service(records)
+        yield from self._targets(records)
         yield from _lives(records)
         yield from _boots(records)
+        yield from self._last_boot()
         yield from _batches(records)
-        yield from _sizes(records)
-        yield from _budget(self._fleet.ledger)
+        yield from memory_families(self._fleet, records)
 
     def _service(self, records: list[SlotRecord]) -> Found:
         header = self._fleet.board.header
         readiness = self._fleet.readiness(records)
-        yield _gauge("ready", "1 if /ready answers 200.", {(): int(readiness.ready)})
-        yield _gauge("ready_workers", "Workers that are ready.", {(): readiness.ready_workers})
-        yield _gauge("target_workers", "Workers that are wanted.", {(): header.target})
-        yield _gauge("import_seconds", "Seconds of the arbiter's imports.", {(): header.import_seconds})
+        yield gauge("ready", "1 if /ready answers 200.", {(): int(readiness.ready)})
+        yield gauge("ready_workers", "Workers that are ready.", {(): readiness.ready_workers})
+        yield gauge("target_workers", "Workers that are wanted.", {(): header.target})
+        yield gauge("import_seconds", "Seconds of the arbiter's imports.", {(): header.import_seconds})
+        time = now() - header.started
+        yield gauge("uptime_seconds", "Seconds since the arbiter began to start workers.", {(): time})
         lengths: Samples = {}
         for name, socks in self._listeners.items():
             known = [length for length in map(listen_queue_length, socks) if length >= 0]
             if known:  # the kernel does not say it of unix sockets
                 lengths[name,] = sum(known)
-        yield _gauge(
+        yield gauge(
             "listen_queue_length", "Connections the kernel holds, not yet accepted.", lengths, ["listener"]
         )
         versions = (__version__, metadata.version("gunicorn"), platform.python_version())
-        yield _gauge("build_info", "Versions; always 1.", {versions: 1}, ["version", "gunicorn", "python"])
+        yield gauge("build_info", "Versions; always 1.", {versions: 1}, ["version", "gunicorn", "python"])
+
+    def _targets(self, records: list[SlotRecord]) -> Found:
+        fleet, text = self._fleet, "Ready workers at which /ready first says yes."
+        yield gauge("quorum_workers", text, {(): fleet.wanted(records, was_ready=False)})
+        text = "Ready workers below which /ready says no again."
+        yield gauge("floor_workers", text, {(): fleet.wanted(records, was_ready=True)})
+        text = "Seconds that one worker's boot may take, by the deadlines of its stages."
+        yield gauge("boot_deadline_seconds", text, {(): fleet.boot_deadline_s})
+
+    def _last_boot(self) -> Found:
+        last = self._fleet.recall.last
+        stages: Samples = {(stage,): s for stage, s in last.stage_seconds.items()} if last else {}
+        text = "Seconds of the boot before this one by stage, of its slowest worker."
+        yield gauge("last_boot_stage_seconds", text, stages, ["stage"])
 
 
 def _lives(records: list[SlotRecord]) -> Found:
-    states: Samples = {(_name(r), state.label): int(r.state is state) for r in records for state in State}
-    yield _gauge("worker_state", "1 for the state a slot is in.", states, ["slot", "state"])
+    states: Samples = {(slot_name(r), state.label): int(r.state is state) for r in records for state in State}
+    yield gauge("worker_state", "1 for the state a slot is in.", states, ["slot", "state"])
     time = now()
-    since: Samples = {(_name(r),): time - r.since for r in records}
-    yield _gauge("worker_state_age_seconds", "Seconds the slot has been in its state.", since, ["slot"])
-    ages: Samples = {(_name(r),): time - r.beat for r in records if r.live}
-    yield _gauge("worker_heartbeat_age_seconds", "Seconds since the worker's last beat.", ages, ["slot"])
-    load: Samples = {(_name(r),): r.load for r in records}
-    yield _gauge(
+    since: Samples = {(slot_name(r),): time - r.since for r in records}
+    yield gauge("worker_state_age_seconds", "Seconds the slot has been in its state.", since, ["slot"])
+    ages: Samples = {(slot_name(r),): time - r.beat for r in records if r.live}
+    yield gauge("worker_heartbeat_age_seconds", "Seconds since the worker's last beat.", ages, ["slot"])
+    load: Samples = {(slot_name(r),): r.load for r in records}
+    yield gauge(
         "worker_load", "Texts in work, one a request at least, and connections not yet read.", load, ["slot"]
     )
-    in_flight: Samples = {(_name(r),): r.in_flight for r in records}
-    yield _gauge("requests_in_flight", "API requests in work, a tenth of a second old.", in_flight, ["slot"])
-    info: Samples = {(_name(r), r.device): 1 for r in records if r.live}
-    yield _gauge("worker_device_info", "The device a slot is pinned to; always 1.", info, ["slot", "device"])
+    in_flight: Samples = {(slot_name(r),): r.in_flight for r in records}
+    yield gauge("requests_in_flight", "API requests in work, a tenth of a second old.", in_flight, ["slot"])
+    info: Samples = {(slot_name(r), r.device): 1 for r in records if r.live}
+    yield gauge("worker_device_info", "The device a slot is pinned to; always 1.", info, ["slot", "device"])
 
 
 def _boots(records: list[SlotRecord]) -> Found:
-    boots: Samples = {(_name(r),): r.generation for r in records}
-    yield _counter("worker_boots", "Workers started in a slot.", boots, ["slot"])
-    restarts: Samples = {(_name(r),): max(0, r.generation - 1) for r in records}
-    yield _counter("worker_restarts", "Workers started in a slot after its first.", restarts, ["slot"])
+    boots: Samples = {(slot_name(r),): r.generation for r in records}
+    yield counter("worker_boots", "Workers started in a slot.", boots, ["slot"])
+    restarts: Samples = {(slot_name(r),): max(0, r.generation - 1) for r in records}
+    yield counter("worker_restarts", "Workers started in a slot after its first.", restarts, ["slot"])
     failures: Samples = {
-        (_name(r), reason): count for r in records for reason, count in r.failures_by_reason.items()
+        (slot_name(r), reason): count for r in records for reason, count in r.failures_by_reason.items()
     }
-    yield _counter("worker_failures", "Workers that ended unasked, by reason.", failures, ["slot", "reason"])
-    streak: Samples = {(_name(r),): r.failures for r in records}
-    yield _gauge("worker_failures_in_a_row", "Failures since the slot last did well.", streak, ["slot"])
-    stages: Samples = {(_name(r), stage): s for r in records for stage, s in r.stage_seconds.items()}
-    yield _gauge("worker_boot_stage_seconds", "Seconds of the last boot by stage.", stages, ["slot", "stage"])
-    warm: Samples = {(_name(r),): r.stage_seconds["warmup"] for r in records if "warmup" in r.stage_seconds}
-    yield _gauge("worker_warmup_seconds", "Seconds of the last warm-up.", warm, ["slot"])
+    yield counter("worker_failures", "Workers that ended unasked, by reason.", failures, ["slot", "reason"])
+    streak: Samples = {(slot_name(r),): r.failures for r in records}
+    yield gauge("worker_failures_in_a_row", "Failures since the slot last did well.", streak, ["slot"])
+    stages: Samples = {(slot_name(r), stage): s for r in records for stage, s in r.stage_seconds.items()}
+    yield gauge("worker_boot_stage_seconds", "Seconds of the last boot by stage.", stages, ["slot", "stage"])
+    warm: Samples = {
+        (slot_name(r),): r.stage_seconds["warmup"] for r in records if "warmup" in r.stage_seconds
+    }
+    yield gauge("worker_warmup_seconds", "Seconds of the last warm-up.", warm, ["slot"])
     passes: Samples = {}
     for r in (record for record in records if record.live):
         for shape in r.shapes:
             name = f"{shape.texts}x{shape.tokens}"
-            passes[_name(r), name, "first"] = shape.first_s
-            passes[_name(r), name, "steady"] = shape.steady_s
-    yield _gauge(
+            passes[slot_name(r), name, "first"] = shape.first_s
+            passes[slot_name(r), name, "steady"] = shape.steady_s
+    yield gauge(
         "worker_warmup_pass_seconds",
         "Seconds of the first and of the steady warm-up pass by shape, texts x tokens.",
         passes,
@@ -164,72 +180,12 @@ def _boots(records: list[SlotRecord]) -> Found:
 
 def _batches(records: list[SlotRecord]) -> Found:
     warm = [record for record in records if record.live and record.max_batch_tokens]
-    budget: Samples = {(_name(r),): r.max_batch_tokens for r in warm}
-    yield _gauge("worker_max_batch_tokens", "Tokens that a pass may have now.", budget, ["slot"])
-    declared: Samples = {(_name(r),): r.declared_batch_tokens for r in warm}
+    budget: Samples = {(slot_name(r),): r.max_batch_tokens for r in warm}
+    yield gauge("worker_max_batch_tokens", "Tokens that a pass may have now.", budget, ["slot"])
+    declared: Samples = {(slot_name(r),): r.declared_batch_tokens for r in warm}
     text = "Tokens that a pass may have when no pass ran out of memory."
-    yield _gauge("worker_declared_batch_tokens", text, declared, ["slot"])
-    texts: Samples = {(_name(r),): r.queued_texts for r in records}
-    yield _gauge("queue_texts", "Texts that wait for a pass, a tenth of a second old.", texts, ["slot"])
-    tokens: Samples = {(_name(r),): r.queued_tokens for r in records}
-    yield _gauge("queue_tokens", "Tokens that wait for a pass, a tenth of a second old.", tokens, ["slot"])
-
-
-def _sizes(records: list[SlotRecord]) -> Found:
-    host: Samples = {}
-    device: Samples = {}
-    for r in records:
-        for kind, size in r.memory_bytes.items():
-            where, short = (
-                (device, kind.removeprefix("device_")) if kind.startswith("device_") else (host, kind)
-            )
-            where[_name(r), short] = size
-    text = "Host memory of the worker: rss, pss (shared pages divided by their users), uss (private pages)."
-    yield _gauge("worker_memory_bytes", text, host, ["slot", "kind"])
-    text = "Device memory of the worker as its allocator knows it: allocated, reserved, peak."
-    yield _gauge("worker_device_memory_bytes", text, device, ["slot", "kind"])
-
-
-def _budget(ledger: Ledger) -> Found:
-    numbers, entry = ledger.numbers, ledger.read()
-    yield _gauge(
-        "planned_workers", "Workers that shall run; 0 until one was measured.", {(): numbers.planned}
-    )
-    steps: Samples = {("more",): numbers.grown, ("fewer",): numbers.shrunk}
-    text = "Workers that were added and taken away, by a person or to follow the budget."
-    yield _counter("resizes", text, steps, ["direction"])
-    yield _counter(
-        "oom_kills", "Workers killed by the kernel for want of memory.", {(): numbers.oom_kills}, []
-    )
-    plan = entry.plan() if entry else None
-    found = plan.constraints if plan else ()
-    held = plan.held(numbers.planned) if plan else {}
-    fits: Samples = {(line.name,): line.fits for line in found}
-    yield _gauge("workers_fit", "Workers that a constraint allows.", fits, ["constraint"])
-    memories = [line for line in found if line.kind in ("device", "host")]
-    budgets: Samples = {(line.name,): line.budget for line in memories}
-    yield _gauge(
-        "budget_bytes", "Memory that workers may take, by device, and host.", budgets, ["constraint"]
-    )
-    room: Samples = {(line.name,): line.budget - line.price * held[line.name] for line in memories}
-    yield _gauge("budget_headroom_bytes", "What the planned workers leave of it.", room, ["constraint"])
-    parts: Samples = {(part,): size for part, size in entry.cost.parts.items()} if entry else {}
-    yield _gauge("worker_cost_bytes", "What one worker takes, as measured, by part.", parts, ["part"])
-
-
-def _name(record: SlotRecord) -> str:
-    return f"s{record.slot}"
-
-
-def _gauge(name: str, text: str, samples: Samples, labels: list[str] | None = None) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(f"warmfleet_{name}", text, labels=labels or [])
-    for values_, value in samples.items():
-        family.add_metric(list(values_), value)
-    return family
-
-
-def _counter(name: str, text: str, samples: Samples, labels: list[str]) -> CounterMetricFamily:
-    family = CounterMetricFamily(f"warmfleet_{name}", text, labels=labels)
-    for values_, value in samples.items():
-        family.add_metric(list(values_), value)
-    return family
+    yield gauge("worker_declared_batch_tokens", text, declared, ["slot"])
+    texts: Samples = {(slot_name(r),): r.queued_texts for r in records}
+    yield gauge("queue_texts", "Texts that wait for a pass, a tenth of a second old.", texts, ["slot"])
+    tokens: Samples = {(slot_name(r),): r.queued_tokens for r in records}
+    yield gauge("queue_tokens", "Tokens that wait for a pass, a tenth of a second old.", tokens, ["slot"])

@@ -6,6 +6,7 @@ An HTTP client leaves threads and sockets behind, which the arbiter's forks woul
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -134,6 +135,8 @@ def explain(error: Exception, revision: str) -> str:
         case errors.LocalEntryNotFoundError():
             host = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
             return f"the hub at {host} failed ({first_line}); check the network, or name a folder or package"
+        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS, filename=str(place)):
+            return f"{place} cannot be written to; set WARMFLEET_HUB_CACHE to a folder that can be"
     return f"{type(error).__name__}: {first_line}"
 
 

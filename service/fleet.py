@@ -119,14 +119,30 @@ class Fleet:
 
     def readiness(self, records: list[SlotRecord] | None = None) -> Readiness:
         """Worker: decide whether the service is ready."""
-        header, settings = self.board.header, self.settings
-        policy = Policy(header.target, settings.ready_quorum, settings.ready_floor, settings.boot_attempts)
+        header = self.board.header
         return aggregate(
             self.board.records() if records is None else records,
-            policy,
+            self._policy,
             now(),
             was_ready=bool(header.was_ready),
             stopping=bool(header.stopping),
+        )
+
+    def wanted(self, records: list[SlotRecord], *, was_ready: bool) -> int:
+        """Worker: return the ready workers that it takes: the quorum, or the floor once it `was_ready`."""
+        return aggregate(records, self._policy, now(), was_ready=was_ready, stopping=False).wanted
+
+    @property
+    def boot_deadline_s(self) -> float:
+        """By when a worker is ready that loads at once, else one of its stages has ended it."""
+        settings = self.settings
+        return settings.spawn_timeout + settings.load_timeout + settings.warmup_timeout
+
+    @property
+    def _policy(self) -> Policy:
+        settings = self.settings
+        return Policy(
+            self.board.header.target, settings.ready_quorum, settings.ready_floor, settings.boot_attempts
         )
 
 

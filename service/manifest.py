@@ -277,7 +277,12 @@ def update(
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = path.open("ab")
     except OSError as error:
-        LOG.warning("the manifest's lock %s cannot be opened: %s", path, _reason(error))
+        LOG.warning(
+            "the manifest's lock %s cannot be opened: %s; set WARMFLEET_CACHE_DIR to a folder that can be "
+            "written to",
+            path,
+            _reason(error),
+        )
         return False
     problem = ""
     with lock:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -56,9 +57,8 @@ def check(settings: Settings) -> Preflight:
     _check_free(settings.bind, settings.ops_bind)
     folder = None
     if settings.backend != "stub":
-        folder = models.find(settings)
-        if folder is not None:
-            models.check_folder(folder)
+        check_temporary()
+        folder = model_folder(settings)
     addresses: dict[str, str] = {}
     list_gpus = partial(gpus.list_gpus, addresses=addresses)
     devices = device.discover(settings, os.environ, list_gpus=list_gpus)
@@ -73,6 +73,35 @@ def check(settings: Settings) -> Preflight:
         msg = f"backend {settings.backend} computes on the CPU only, but a GPU is visible; set device to cpu"
         raise SettingsError(msg)
     return found
+
+
+def model_folder(settings: Settings) -> Path | None:
+    """Return the model's folder, which holds weights in safetensors; None: it must be downloaded first.
+
+    Raises:
+        SettingsError: there is no such model, or it cannot be loaded or downloaded.
+    """
+    try:
+        folder = models.find(settings)
+    except RuntimeError:  # pathlib's, of a user who has neither HOME nor an entry in passwd
+        raise SettingsError(
+            f"model {settings.model_id}: user {os.getuid()} has no home folder for the hub's cache; "
+            "set WARMFLEET_HUB_CACHE to a folder that can be written to"
+        ) from None
+    if folder is not None:
+        models.check_folder(folder)
+    return folder
+
+
+def check_temporary() -> None:
+    """Refuse a machine without a temporary folder: torch cannot even be imported there."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        raise SettingsError(
+            "no temporary folder can be written to, which torch needs to be imported; "
+            "mount one at /tmp, or set TMPDIR to a folder that can be"
+        ) from None
 
 
 def _check_packages(backend: str) -> None:

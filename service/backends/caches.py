@@ -25,8 +25,9 @@ def choose(chosen: str | None, name: str) -> Path:
     """Return the chosen folder, else `name` in the user's own cache; nothing is made yet."""
     if chosen:
         return Path(os.path.expanduser(chosen)).absolute()  # noqa: PTH111 - Path's raises for unknown ~users
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - see above
-    return Path(caches, "warmfleet", name)
+    home = os.path.expanduser("~")  # noqa: PTH111 - see above
+    home = "/" if home == "~" else home  # a uid without a name or HOME: never a folder called `~`
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache"), "warmfleet", name)
 
 
 @contextmanager

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `warmfleet` does besides starting the service: plan, check, scale, roll."""
+"""What `warmfleet` does besides starting the service: download, plan, check, scale, roll."""

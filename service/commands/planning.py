@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from service import cpus, device
+from service import cpus, device, preflight
 from service.budget import render
 from service.commands.forecast import (
     NO_GPU,
@@ -34,7 +33,6 @@ from service.slots import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from types import FrameType
 
     from service.settings import Settings
 
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 
 WIDTH = 140
 """Columns where there is no terminal to ask."""
-ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
 class PlanError(WarmfleetError):
@@ -70,11 +67,11 @@ def plan(command: Sequence[str], settings: Settings, machine: Machine, sweep: Sw
     Raises:
         WarmfleetError: nothing could be measured.
     """
+    preflight.check_temporary()
     cuda = device.discover(settings) != (CPU,)
     if not cuda and (machine.gpu_memory or machine.gpus):
         raise ForecastError(NO_GPU)
-    with _ended_like_interrupted():
-        found = measure(command, settings, sweep, cuda=cuda)
+    found = measure(command, settings, sweep, cuda=cuda)
     longest = max((one.longest for one in found if isinstance(one, Scouted)), default=0)
     cores = cpus.available().cores
     rows = [forecast(one, machine, settings, cores, longest) for one in found]
@@ -129,21 +126,6 @@ def _progress() -> Iterator[Callable[[Combination, int], Show]]:
             return lambda share, doing: progress.update(bar, completed=share, doing=doing[:80])
 
         yield step
-
-
-@contextmanager
-def _ended_like_interrupted() -> Iterator[None]:
-    """Let a stop by signal end the child too, as Ctrl-C does."""
-
-    def leave(signum: int, _frame: FrameType | None) -> None:
-        sys.exit(128 + signum)
-
-    before = [signal.signal(signum, leave) for signum in ENDING]
-    try:
-        yield
-    finally:
-        for signum, handler in zip(ENDING, before, strict=True):
-            signal.signal(signum, handler)
 
 
 # ---------------------------------------------------------------------------------------------

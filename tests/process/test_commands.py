@@ -87,7 +87,8 @@ def test_plan_as_data(place: Path) -> None:
         assert one["ready_seconds"] > sum(one["stage_seconds"].get(stage, 0) for stage in ("load", "warmup"))
     assert told["workers"] == tried[0]["fits"]
     assert told["values"]["workers"] == told["workers"]
-    assert told["values"]["env"]["WARMFLEET_BACKEND"] == "stub"
+    assert told["values"]["gpu"] == {"enabled": False}
+    assert told["values"]["settings"] == {"backend": "stub", "stubMemoryMb": 100.0, "maxBatchTokens": 512}
     assert told["values"]["startupProbe"] == {"periodSeconds": 5, "failureThreshold": 12}
     assert_nothing_is_left(place)
 
@@ -107,7 +108,7 @@ def test_plan_in_words_beside_a_running_service(place: Path) -> None:
             assert part in done.stdout
         assert "3 workers are wanted, 2 fit: 2 cores / 1 thread a worker; 2 run" in done.stdout
         assert "memory with 2 workers at their worst batch:\nhost |" in done.stdout
-        assert "\nworkers: 2\nenv:\n" in done.stdout
+        assert "\nworkers: 2\ngpu:\n  enabled: false\n" in done.stdout
         assert (service.pids(), sorted((place / "counters").iterdir())) == (before, counters)
     until(lambda: not scouts(place / "temporary"), what="no process is left")
     assert list((place / "temporary").iterdir()) == []

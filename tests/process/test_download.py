@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
+from harness import runs, until
+from test_cli import CLI, busy_port, descendants, pickled
 
 from service import download, models
 from service.errors import ModelError
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_the_secret_of_this_test"
+ROOT = str(Path(models.__file__).parents[1])
 WEIGHTS = b"\x02\0\0\0\0\0\0\0{}"
 
 
@@ -152,6 +156,14 @@ def test_full_disk_and_other_errors_keep_their_first_line(tmp_path: Path, hub: t
     assert text.startswith("model org/name cannot be downloaded: NotADirectoryError: [Errno 20]")
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS], ids=os.strerror)
+def test_cache_that_cannot_be_written_says_what_to_set(number: int) -> None:
+    """Such as the default one of a user whose home is the root folder, and that read-only."""
+    error = OSError(number, os.strerror(number), "/.cache")
+    said = "/.cache cannot be written to; set WARMFLEET_HUB_CACHE to a folder that can be"
+    assert download.explain(error, "") == said
+
+
 def test_download_past_its_deadline_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub that never answers costs the deadline and no more; progress was told, and no child is left."""
     started, told = spy_on_children(monkeypatch), []
@@ -194,6 +206,136 @@ def test_child_ends_when_the_arbiter_is_gone(tmp_path: Path, monkeypatch: pytest
                 child.kill()
 
 
+# The command
+
+
+def command(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `warmfleet download` to its end."""
+    return subprocess.run(
+        [*CLI, "download", *arguments],
+        env=os.environ | {"PYTHONPATH": ROOT} | environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_command_fills_the_cache_once(tmp_path: Path, hub: type[Hub]) -> None:
+    """The second time the model is there and the hub is not asked; ports, torch and GPUs never are."""
+    marks = [tmp_path / name for name in ("torch", "pynvml")]
+    for mark in marks:
+        (tmp_path / f"{mark.name}.py").write_text(f"open({str(mark)!r}, 'w').close()\nraise ImportError\n")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    arguments = ["--model-id", "org/name", "--hub-cache", str(tmp_path / "cache"), "--hf-token", TOKEN]
+    folder = tmp_path / "cache" / "models--org--name" / "snapshots" / COMMIT
+    with busy_port() as api, busy_port() as ops:
+        arguments += ["--bind", api, "--ops-bind", ops]
+        done = command(*arguments, PYTHONPATH=path)
+        said = f"model org/name is downloaded to {folder}\n"
+        assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+        assert models.find(settings_for("org/name", hub_cache=str(tmp_path / "cache"))) == folder
+        assert hub.tokens == {f"Bearer {TOKEN}"}
+        hub.refuse = "RepoNotFound"
+        done = command(*arguments, PYTHONPATH=path)
+        said = f"model org/name is in {folder}: nothing to download\n"
+        assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    assert not any(mark.exists() for mark in marks)
+
+
+def test_command_has_nothing_to_do_for_a_local_model(tmp_path: Path) -> None:
+    """A folder and a package that hold safetensors are said to be there; a stub has no model."""
+    folder = tmp_path / "package_of_this_test" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    for name in (str(folder), "package:package_of_this_test/model"):
+        done = command("--model-id", name, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+        said = f"model {name} is in {folder}: nothing to download\n"
+        assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    done = command("--backend", "stub")
+    assert (done.returncode, done.stdout) == (0, "backend stub has no model: nothing to download\n")
+
+
+def test_command_refuses_a_local_model_of_no_use(tmp_path: Path) -> None:
+    """A folder of pickles is there, but would not start."""
+    done = command("--model-id", str(pickled(tmp_path / "model")))
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert "as a pickle (pytorch_model.bin), not as safetensors" in line
+
+
+@pytest.mark.parametrize(
+    ("refuse", "said"),
+    [
+        ("GatedRepo", "it is gated; accept its terms on its page, and set WARMFLEET_HF_TOKEN to a token"),
+        ("RepoNotFound", "the hub shows no such model; check the id"),
+    ],
+)
+def test_command_says_in_a_line_why_it_failed(tmp_path: Path, hub: type[Hub], refuse: str, said: str) -> None:
+    """Exit code 1, nothing on stdout, and the sentence that a start would have logged."""
+    hub.refuse = refuse
+    done = command("--model-id", "org/name", "--hub-cache", str(tmp_path), WARMFLEET_HF_TOKEN=TOKEN)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"warmfleet: model org/name cannot be downloaded: {said}")
+    assert TOKEN not in line
+
+
+def test_command_offline_says_that_the_cache_lacks_the_model(tmp_path: Path) -> None:
+    """Exit code 1, as a start would end."""
+    done = command("--model-id", "org/name", "--hub-cache", str(tmp_path), HF_HUB_OFFLINE="1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("warmfleet: model org/name is not, or not in full, in the cache")
+
+
+def test_command_logs_how_far_it_is(tmp_path: Path) -> None:
+    """Progress goes to the log, in its format; the deadline is the setting's."""
+    code = (
+        "from service import cli, download; download.PROGRESS_EVERY_S = 0.1;"
+        "cli.main(['download', '--model-id', 'org/name', '--download-timeout', '1', '--log-format', 'json'])"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": ROOT} | place,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    *told, last = done.stderr.splitlines()
+    assert re.fullmatch(r"downloading org/name: 0 MB .* of at most 1 s", json.loads(told[0])["message"])
+    assert last.startswith("warmfleet: model org/name was not downloaded within download_timeout, 1 s")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+def test_command_that_is_stopped_leaves_no_process(tmp_path: Path, signum: signal.Signals) -> None:
+    """Amid a download it ends at once, and so does its child; what is on disk stays for the next try."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        with subprocess.Popen(
+            [*CLI, "download", "--model-id", "org/name"],
+            env=os.environ | {"PYTHONPATH": ROOT} | place,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            # A background job of a shell is born deaf to Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
+        ) as process:
+            try:
+                silent.settimeout(30)
+                with silent.accept()[0]:
+                    (child,) = descendants(process.pid)
+                    process.send_signal(signum)
+                    assert process.wait(10) == (1 if signum == signal.SIGINT else 128 + signum)
+                    until(lambda: not runs(child), what="the child is gone")
+            finally:
+                process.kill()
+
+
 # Helpers
 
 
@@ -207,8 +349,7 @@ def failure(settings: Settings) -> str:
 
 def run_python(code: str) -> str:
     """Run code in a fresh interpreter that imported nothing yet."""
-    root = str(Path(models.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root}
+    environment = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )

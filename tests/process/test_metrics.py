@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import random
 import re
@@ -413,6 +414,49 @@ def test_scrape_tells_of_a_boot() -> None:
             assert 2 <= metrics.total("warmfleet_worker_boot_stage_seconds", slot=slot, stage="load") < 5
             assert metrics.total("warmfleet_worker_warmup_seconds", slot=slot) > 0
             assert metrics.total("warmfleet_worker_memory_bytes", slot=slot, kind="rss") > 10e6
+
+
+def test_scrape_tells_of_host_and_targets() -> None:
+    """Memory of the host as it is now, quorum and floor as they are set, and an uptime that goes on."""
+    timeouts = {"spawn_timeout": 1.5, "load_timeout": 20, "warmup_timeout": 300}
+    began = time.monotonic()
+    with Service(workers=2, ready_quorum=1, ready_floor=2, **timeouts) as service:
+        service.wait(lambda: list(service.states().values()) == ["ready"] * 2, what="both are ready")
+        metrics = service.metrics()
+        limit, used = (metrics.total("warmfleet_host_memory_bytes", kind=kind) for kind in ("limit", "used"))
+        assert 10e6 < used < limit
+        assert metrics.total("warmfleet_quorum_workers") == 1
+        assert metrics.total("warmfleet_floor_workers") == 2
+        assert metrics.total("warmfleet_boot_deadline_seconds") == 321.5
+        names = {name for name, _ in metrics.samples}
+        assert not names & {"warmfleet_device_memory_bytes", "warmfleet_last_boot_stage_seconds"}
+        uptime = metrics.total("warmfleet_uptime_seconds")
+        assert 0 < uptime < time.monotonic() - began
+        later = uptime + 0.1
+        until(lambda: service.metrics().total("warmfleet_uptime_seconds") > later, what="the time goes on")
+
+
+def test_scrape_tells_what_the_boot_before_took(tmp_path: Path) -> None:
+    """A second boot shows the stages of the first one, also once its own manifest has taken their place."""
+    manifests: list[str] = []
+    for _ in range(2):
+        with Service(workers=2, cache_dir=tmp_path) as service:
+            service.wait(lambda: written(tmp_path) not in ("", *manifests), what="a manifest is written")
+            manifests.append(written(tmp_path))
+            metrics = service.metrics()
+    found = {
+        dict(labels)["stage"]: seconds
+        for (name, labels), seconds in metrics.samples.items()
+        if name == "warmfleet_last_boot_stage_seconds"
+    }
+    before, after = (json.loads(text)["stage_seconds"] for text in manifests)
+    assert found == before != after
+    assert {"import", "load", "warmup"} <= set(found)
+
+
+def written(folder: Path) -> str:
+    """Return the manifest in a folder of one; nothing if there is none."""
+    return "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.json"))
 
 
 def test_scrapes_do_not_hold_up_probes(tmp_path: Path) -> None:

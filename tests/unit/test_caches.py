@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 import subprocess
 import sys
@@ -47,6 +48,17 @@ def test_folder_is_the_chosen_one_or_the_users_own(
     """A setting wins, then XDG_CACHE_HOME, then the home folder."""
     monkeypatch.setattr(os, "environ", environment)
     assert caches.choose(chosen, "exported") == Path(folder)
+
+
+def test_user_without_a_home_gets_no_folder_called_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A uid that passwd does not know, without HOME, has its cache below the root, as container runtimes do."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(os, "environ", {})
+    assert caches.choose(None, "exported") == Path("/.cache/warmfleet/exported")
 
 
 def test_one_leads_and_the_others_wait(tmp_path: Path) -> None:

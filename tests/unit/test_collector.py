@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service import memory_metrics
 from service.budget import GIB, HOST_BUSY, Room, WorkerCost
+from service.cgroups import HostReading
 from service.collector import exposition
 from service.fleet import Fleet
+from service.gpu_memory import DeviceReading
 from service.ledger import Sum
 from service.lifecycle import State
+from service.manifest import Manifest
+from service.recall import Recall
 from service.settings import Settings
 from service.slots import CPU
 
@@ -88,15 +93,20 @@ BUDGET = (
 )
 
 
-def budget_of(fleet: Fleet) -> dict[str, dict[tuple[str, ...], float]]:
-    """Return the families of the budget by name: their samples by label values."""
+def families_of(fleet: Fleet) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return every family by name: its samples by label values."""
     families = text_string_to_metric_families(exposition(fleet, {}).decode())
-    found = {
+    return {
         family.name.removeprefix("warmfleet_"): {
             tuple(sample.labels.values()): sample.value for sample in family.samples
         }
         for family in families
     }
+
+
+def budget_of(fleet: Fleet) -> dict[str, dict[tuple[str, ...], float]]:
+    """Return the families of the budget, likewise."""
+    found = families_of(fleet)
     return {name: found[name] for name in BUDGET}
 
 
@@ -156,3 +166,95 @@ def test_names_of_the_budget_are_as_prometheus_wants_them() -> None:
     assert names <= helped
     assert {name for name in names if "bytes" in name and not name.endswith("_bytes")} == set()
     assert 'warmfleet_resizes_total{direction="more"} 0.0' in lines
+
+
+# ---------------------------------------------------------------------------------------------
+# Host and devices
+
+
+@pytest.mark.parametrize(
+    ("reading", "expected"),
+    [
+        (HostReading(8 * GIB, "RAM", 3 * GIB, shm_bytes=GIB), {"limit": 8, "used": 3, "shm": 1}),
+        (HostReading(8 * GIB, "RAM", 3 * GIB), {"limit": 8, "used": 3}),
+        (HostReading(0, "RAM", 0), {}),
+    ],
+    ids=["all is known", "no shared memory", "nothing is known"],
+)
+def test_host_memory_is_read_at_the_scrape(
+    reading: HostReading, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limit, use and shared memory as the cgroup has them; what is unknown has no series."""
+    monkeypatch.setattr(memory_metrics, "read_host", lambda: reading)
+    found = families_of(fleet_of_two())["host_memory_bytes"]
+    assert found == {(kind,): size * GIB for kind, size in expected.items()}
+
+
+def test_device_memory_is_the_newest_reading() -> None:
+    """Before the first worker measured itself the one before the forks counts, then the budget's; never 0."""
+    readings = {A: DeviceReading(A, "a GPU", 20 * GIB, 3 * GIB, {})}
+    fleet = Fleet.make(Settings(backend="stub"), (A, B), 2, readings=readings)
+    assert families_of(fleet)["device_memory_bytes"] == {(A, "total"): 20 * GIB, (A, "others"): 3 * GIB}
+    devices = (Room(A, 20 * GIB, 1.0, others=4 * GIB), Room(B, 10 * GIB, 1.0))
+    fleet.ledger.write(Sum(WorkerCost(GIB, 0, 0, 0), Room("host", 20 * GIB, 1.0), devices))
+    assert families_of(fleet)["device_memory_bytes"] == {
+        (A, "total"): 20 * GIB,
+        (A, "others"): 4 * GIB,
+        (B, "total"): 10 * GIB,
+        (B, "others"): 0,
+    }
+
+
+def test_a_cpu_has_no_device_memory() -> None:
+    """Neither before nor after the budget is known."""
+    fleet = fleet_of_two()
+    assert families_of(fleet)["device_memory_bytes"] == {}
+    fleet.ledger.write(Sum(WorkerCost(0, 0, 0, 0), Room("host", 20 * GIB, 1.0)))
+    assert families_of(fleet)["device_memory_bytes"] == {}
+
+
+# ---------------------------------------------------------------------------------------------
+# What a boot is held against
+
+
+def test_last_boots_stages_are_the_manifests() -> None:
+    """They stay while this boot runs; without a manifest there is no series."""
+    assert families_of(fleet_of_two())["last_boot_stage_seconds"] == {}
+    stages = {"load": 2.0, "to_device": 0.5, "warmup": 7.0}
+    last = Manifest("", {}, stages, 9.5, (), 512, WorkerCost(0, 0, 0, 1), 2)
+    fleet = Fleet.make(Settings(backend="stub"), (CPU,), 2, recall=Recall(last=last))
+    fleet.board.spawn(0, CPU, 1.0)
+    assert families_of(fleet)["last_boot_stage_seconds"] == {(stage,): s for stage, s in stages.items()}
+
+
+def test_uptime_and_deadline_can_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both in seconds; the deadline is the sum of the stages' own, without a download, over by then."""
+    fleet = fleet_of_two(spawn_timeout=1, load_timeout=20, warmup_timeout=300, download_timeout=4000)
+    monkeypatch.setattr("service.collector.now", lambda: fleet.board.header.started + 12.5)
+    found = families_of(fleet)
+    assert found["uptime_seconds"] == {(): 12.5}
+    assert found["boot_deadline_seconds"] == {(): 321}
+
+
+@pytest.mark.parametrize(
+    ("settings", "quorum", "floor"),
+    [({}, 2, 1), ({"ready_quorum": 1}, 1, 1), ({"ready_floor": 2}, 2, 2)],
+    ids=["defaults", "quorum", "floor"],
+)
+@pytest.mark.parametrize("was_ready", [0, 1])
+@pytest.mark.parametrize("stopping", [0, 1])
+def test_quorum_and_floor_are_those_of_readiness(
+    settings: dict[str, int], quorum: int, floor: int, was_ready: int, stopping: int
+) -> None:
+    """At any time of the service's life: neither the latch nor a stop changes what was agreed on."""
+    fleet = fleet_of_two(**settings)
+    fleet.board.header.was_ready, fleet.board.header.stopping = was_ready, stopping
+    found = families_of(fleet)
+    assert (found["quorum_workers"], found["floor_workers"]) == ({(): quorum}, {(): floor})
+
+
+def test_a_slot_that_failed_for_good_lowers_the_quorum() -> None:
+    """As /ready does not wait for it either."""
+    fleet = fleet_of_two()
+    fleet.board.rows[1].failures = fleet.settings.boot_attempts
+    assert families_of(fleet)["quorum_workers"] == {(): 1} == {(): fleet.readiness().wanted}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,19 @@ from service.commands.forecast import (
     parts_of,
 )
 from service.commands.helm_values import (
+    LOCAL,
+    PLACES,
     POD_BYTES,
+    SECRET,
     boot_seconds,
-    env,
-    pod_memory,
+    camel,
+    others,
     probe,
     secrets,
+    size_text,
+    top,
     values,
+    worker,
     yaml,
 )
 from service.commands.options import DTYPES, SIZE, TOKENS
@@ -396,6 +403,12 @@ def test_a_chart_says_it_without_colour() -> None:
 # The Helm values
 
 
+def pod_memory(made: dict[str, Any], workers: int, share: float) -> int:
+    """Return the memory limit as the chart sums it up, without /dev/shm."""
+    host, base = (int(made[name].removesuffix("Mi")) * MIB for name in ("hostMemory", "baseMemory"))
+    return math.ceil((base + workers * host) / share / (64 * MIB)) * 64 * MIB
+
+
 @given(
     workers=st.integers(1, 256),
     host=st.integers(MIB, 64 * GIB),
@@ -406,8 +419,7 @@ def test_a_pod_holds_the_workers_it_was_made_for(workers: int, host: int, shared
     """The budget's own sum, done in a pod of that size beside what the pod itself is charged for."""
     room = Room("host", 0, share, shared=shared)
     entry = Sum(WorkerCost(0, 0, 0, host), room)
-    total = pod_memory(entry, workers)
-    assert total % (64 * MIB) == 0
+    total = pod_memory(worker(entry), workers, share)
     assert replace(entry, host=replace(room, total=total, others=POD_BYTES - MIB)).plan().fits >= workers
 
 
@@ -426,37 +438,97 @@ def test_loads_that_wait_for_each_other_make_a_boot_longer() -> None:
 
 
 def test_values_have_settings_but_no_secrets_and_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What differs from the defaults goes along, in the words of the environment; secrets are only named."""
+    """What differs from the defaults goes along, as numbers, booleans and lists; secrets are only named."""
     monkeypatch.setenv("API_KEY", "hunter2")
     settings = Settings(
         cors_origins="https://a, https://b",  # type: ignore[arg-type]
         check_model=True,
         bind="127.0.0.1:1234",
         cache_dir="/home/me",
+        api_key_file="/home/me/keys",
+        warmup_budget=2.5,
+        max_body_bytes=3_000_000,
         workers=7,
         gpu_memory_limit="20GiB",  # type: ignore[arg-type]
     )
-    assert env(settings, scouted()) == {
-        "WARMFLEET_CORS_ORIGINS": "https://a,https://b",
-        "WARMFLEET_CHECK_MODEL": "true",
-        "WARMFLEET_GPU_MEMORY_LIMIT": str(20 * GIB),
-        "WARMFLEET_MAX_BATCH_TOKENS": "512",
+    assert others(settings, scouted()) == {
+        "corsOrigins": ["https://a", "https://b"],
+        "checkModel": True,
+        "warmupBudget": 2.5,
+        "maxBodyBytes": 3_000_000,
+        "maxBatchTokens": 512,
     }
-    assert secrets(settings) == ["WARMFLEET_API_KEY"]
+    assert secrets(settings) == ["WARMFLEET_API_KEY", "WARMFLEET_API_KEY_FILE"]
     tried = scouted(asked=Combination("bfloat16", None), tokens=64)
-    assert env(Settings(), tried) == {"WARMFLEET_DTYPE": "bfloat16", "WARMFLEET_MAX_BATCH_TOKENS": "64"}
+    assert others(Settings(), tried) == {"dtype": "bfloat16", "maxBatchTokens": 64}
+
+
+def test_each_setting_has_one_place_in_the_chart() -> None:
+    """Its own, or one below `settings`; secrets are never printed, nor what is true here alone."""
+    assert set(PLACES) | LOCAL <= set(Settings.model_fields)
+    assert not set(PLACES) & LOCAL
+    secret = {name for name, field in Settings.model_fields.items() if "Secret" in str(field.annotation)}
+    assert secret < {name for name, place in PLACES.items() if place in SECRET}
+    names = [camel(name) for name in Settings.model_fields]
+    assert len(set(names)) == len(names)
+    assert (camel("workers"), camel("max_batch_tokens")) == ("workers", "maxBatchTokens")
+
+
+def test_values_of_the_budget_are_at_the_top() -> None:
+    """Only those that differ; and no quorum that the planned workers could never reach."""
+    assert top(Settings(), 2) == {}
+    settings = Settings(
+        workers=8,
+        ready_quorum=6,
+        ready_floor=2,
+        budget_policy="refuse",
+        gpu_memory_utilization=0.8,
+        gpu_memory_limit="20GiB",  # type: ignore[arg-type]
+        host_memory_utilization=0.7,
+    )
+    assert top(settings, 4) == {
+        "budgetPolicy": "refuse",
+        "readyQuorum": 4,
+        "readyFloor": 2,
+        "gpuMemoryUtilization": 0.8,
+        "gpuMemoryLimit": "20GiB",
+        "hostMemoryUtilization": 0.7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(20 * GIB, "20GiB"), (1536 * MIB, "1536MiB"), (20 * 10**9, "20GB"), (MIB + 1, "1MiB")],
+)
+def test_sizes_are_texts_that_the_service_reads(count: int, text: str) -> None:
+    """A multiple of a unit is exact, and nothing becomes more than it was."""
+    assert size_text(count) == text
+    read = Settings(gpu_memory_limit=text).gpu_memory_limit  # type: ignore[arg-type]
+    assert read == (count if count % 10**6 == 0 or count % MIB == 0 else count - 1)
 
 
 def test_values_are_yaml_as_helm_reads_it() -> None:
     """The text means what the data says, whatever characters the settings have."""
-    made = values(Settings(model_id='a "b": {c}\nü #'), scouted(ON_GPUS), ON_GPUS, 4)
+    settings = Settings(model_id='a "b": {c}\nü #', revision="v1", warmup_shapes="2x8,1x16")  # type: ignore[arg-type]
+    made = values(settings, scouted(ON_GPUS), ON_GPUS, 4)
     assert pyyaml.safe_load(yaml(made)) == made
-    assert made["resources"]["limits"] == {
-        "memory": made["resources"]["requests"]["memory"],
-        "nvidia.com/gpu": 2,
-    }
-    assert made["resources"]["requests"]["cpu"] == 4
     assert pyyaml.safe_load(yaml({"a": {}, "b": 1})) == {"a": {}, "b": 1}
+
+
+def test_values_on_gpus_and_on_a_cpu() -> None:
+    """The whole of it: as few values as say what was measured, and where it shall run."""
+    assert values(Settings(), scouted(ON_GPUS), ON_GPUS, 4) == {
+        "workers": 4,
+        "gpu": {"enabled": True, "count": 2},
+        "worker": {"hostMemory": "1223Mi", "baseMemory": "1088Mi", "cpu": 1},
+        "settings": {"maxBatchTokens": 512},
+        "startupProbe": {"periodSeconds": 5, "failureThreshold": 12},
+    }
+    two = replace(ON_CPU, threads=2)
+    made = values(Settings(model_id="org/name"), scouted(two), two, 3)
+    assert made["model"] == {"id": "org/name"}
+    assert made["gpu"] == {"enabled": False}
+    assert made["worker"] == {"hostMemory": "206Mi", "baseMemory": "576Mi", "cpu": 2}
 
 
 # What is said

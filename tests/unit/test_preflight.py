@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listeners that cannot work: each is refused in one sentence, before anything is loaded."""
+"""What a machine lacks: each is refused in one sentence, before anything is loaded."""
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 import socket
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
 
 from service import preflight
 from service.errors import SettingsError
+from service.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import NoReturn
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +81,52 @@ def test_a_unix_socket_needs_a_folder_and_a_free_path(tmp_path: Path, prefix: st
     assert path.read_text() == "precious"
     with pytest.raises(SettingsError, match=f"the folder {re.escape(str(tmp_path))}/none does not exist"):
         preflight._check_free(f"{prefix}{tmp_path}/none/api")
+
+
+# ---------------------------------------------------------------------------------------------
+# A user and folders as in a container
+
+
+@pytest.fixture
+def stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a user without HOME and without an entry in passwd."""
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.parametrize("place", [None, "~/hub"], ids=["hub_cache unset", "hub_cache in no home"])
+def test_a_user_without_a_home_has_no_hub_cache(
+    place: str | None, stranger: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence names the user, and what to set."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    said = f"user {os.getuid()} has no home folder for the hub's cache; set WARMFLEET_HUB_CACHE to a folder"
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        preflight.model_folder(Settings(model_id="org/name", hub_cache=place))
+
+
+def test_a_user_without_a_home_can_name_a_place(
+    stranger: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With hub_cache nobody asks for the home; the model is to be downloaded."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    assert preflight.model_folder(Settings(model_id="org/name", hub_cache=str(tmp_path))) is None
+
+
+def test_without_a_temporary_folder_nothing_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A root file system that is read-only, with nothing mounted at /tmp: torch could not be imported."""
+    preflight.check_temporary()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
+    said = (
+        "no temporary folder can be written to, which torch needs to be imported; mount one at /tmp, or set"
+    )
+    with pytest.raises(SettingsError, match=said):
+        preflight.check_temporary()
