@@ -51,7 +51,7 @@ def test_folder_is_the_chosen_one_or_the_users_own(
 
 
 def test_user_without_a_home_gets_no_folder_called_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A uid that passwd does not know, without HOME, has its cache below the root, as container runtimes do."""
+    """A uid that passwd does not know, without HOME, has its cache below the root, as in containers."""
 
     def unknown(uid: int) -> None:
         raise KeyError(uid)
