@@ -8,10 +8,13 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH ?= boot cold_start throughput overload soak
-CODE := service gunicorn_conf.py tests bench
+CODE := service gunicorn_conf.py tests bench helm
+VARIANT ?= cuda
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/__init__.py)
+BUILDER ?= docker
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format bench clean
+.PHONY: help install serve test lint format bench chart image clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +46,14 @@ format: $(STAMP) ## Format the code and apply safe fixes
 
 bench: $(STAMP) ## Measure this machine, 50 minutes; BENCH='boot soak' names some of bench/*.py
 	for name in $(BENCH); do HF_HUB_OFFLINE=1 $(BIN)/python bench/$$name.py || exit; done
+
+chart: $(STAMP) ## Write what follows from the chart's values, the settings and the dashboard's tables
+	$(BIN)/python helm/generate.py
+	$(BIN)/python helm/dashboard.py
+
+image: ## Build the container image warmfleet:VERSION-VARIANT (VARIANT=cpu or cuda, BUILDER=docker or buildah)
+	$(BUILDER) build --build-arg VARIANT=$(VARIANT) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$$(git rev-parse HEAD) --tag warmfleet:$(VERSION)-$(VARIANT) .
 
 clean: ## Remove the virtual environment, caches and build output
 	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
