@@ -52,8 +52,9 @@ chart: $(STAMP) ## Write what follows from the chart's values, the settings and 
 	$(BIN)/python helm/dashboard.py
 
 image: ## Build the container image warmfleet:VERSION-VARIANT (VARIANT=cpu or cuda, BUILDER=docker or buildah)
-	$(BUILDER) build --build-arg VARIANT=$(VARIANT) --build-arg VERSION=$(VERSION) \
-		--build-arg REVISION=$$(git rev-parse HEAD) --tag warmfleet:$(VERSION)-$(VARIANT) .
+	$(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker) --build-arg VARIANT=$(VARIANT) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
+		--build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) --tag warmfleet:$(VERSION)-$(VARIANT) .
 
 clean: ## Remove the virtual environment, caches and build output
 	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

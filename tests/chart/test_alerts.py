@@ -144,13 +144,13 @@ def test_chart_makes_the_same_rules() -> None:
 
 
 def test_chart_asks_for_its_own_series(promtool: str, tmp_path: Path) -> None:
-    """Without one each metric is selected by namespace and release, and Prometheus accepts the rules."""
+    """Without one each metric is selected by namespace and Deployment, and Prometheus accepts the rules."""
     rules = rules_of(prometheusRule={"enabled": True})
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "warmfleet", "rules": rules}]}))
     run(promtool, "check", "rules", tmp_path / "rules.yaml")
     for made, rule in zip(rules, RULES, strict=True):
         assert made["expr"] == rule["expr"].replace(
-            'job="warmfleet"', f'namespace="{NAMESPACE}",job="{NAME}"'
+            'job="warmfleet"', f'namespace="{NAMESPACE}",job="{NAME}-warmfleet"'
         )
 
 

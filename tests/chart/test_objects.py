@@ -84,7 +84,15 @@ def test_a_service_monitor_finds_the_ops_service_alone(name: str) -> None:
         ports = {port["name"] for port in service["spec"]["ports"]}
         assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
         assert monitor["spec"]["namespaceSelector"] == {"matchNames": [NAMESPACE]}
-        assert labels(service)[monitor["spec"]["jobLabel"]] == NAME
+
+
+def test_job_of_the_series_is_the_deployment(name: str) -> None:
+    """Either monitor names the job as alerts and autoscalers ask for it, so that two in one release stay apart."""
+    rendered = render(SCENARIOS[name])
+    deployment = rendered.one("Deployment")["metadata"]["name"]
+    for monitor in rendered.all("ServiceMonitor") + rendered.all("PodMonitor"):
+        (endpoint,) = monitor["spec"].get("endpoints") or monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["relabelings"][0] == {"targetLabel": "job", "replacement": deployment}
 
 
 def test_autoscalers_and_routes_name_what_there_is(name: str) -> None:
@@ -169,7 +177,6 @@ def test_the_service_accepts_its_settings(name: str, monkeypatch: pytest.MonkeyP
     chosen = SCENARIOS[name]
     assert read.workers == chosen.get("workers", 2)
     assert read.device == ("cuda" if chosen.get("gpu", {}).get("enabled", True) else "cpu")
-    assert read.log_format == "json"
     if model := chosen.get("model", {}).get("id"):
         assert read.model_id == model
 

@@ -318,16 +318,16 @@ def test_a_slot_has_texts_once_it_was_warm() -> None:
 
 
 @needs_model
-@pytest.mark.parametrize("name", ["queue", "listenQueue"])
-def test_query_of_keda_is_one_number(scraped: Scraped, name: str) -> None:
-    """KEDA takes a single number; that of the queue shows the overload."""
+@pytest.mark.parametrize(("name", "above"), [("queue", 0), ("listenQueue", -1), ("busy", 0)])
+def test_query_of_keda_is_one_number(scraped: Scraped, name: str, above: float) -> None:
+    """KEDA takes a single number; those of the queue and of the busy share show the overload."""
     number = scraped.prometheus.value(SCALING[name])
     assert number is not None
-    assert number > (0 if name == "queue" else -1)
+    assert number > above
 
 
 @needs_model
-@pytest.mark.parametrize("name", ["queue", "listenQueue"])
+@pytest.mark.parametrize("name", ["queue", "listenQueue", "busy"])
 def test_query_of_keda_is_nothing_where_there_is_no_series(scraped: Scraped, name: str) -> None:
     """A release that is not scraped is an error for KEDA, and no idle one."""
     assert 'job="warmfleet"' in SCALING[name]
@@ -342,7 +342,7 @@ def test_query_of_the_adapter_is_a_number_for_each_pod(scraped: Scraped, rule: d
     assert scraped.prometheus.ask("series", **{"match[]": rule["seriesQuery"]})
     series = rule["seriesQuery"].partition("{")[0]
     assert re.match(rule["name"]["matches"], series)
-    assert rule["name"]["as"] == series
+    assert rule["name"]["as"] in (series, "warmfleet_busy_share")
     resources = {found["resource"]: label for label, found in rule["resources"]["overrides"].items()}
     template = {
         "<<.Series>>": series,

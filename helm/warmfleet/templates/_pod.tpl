@@ -45,13 +45,14 @@ spec:
   {{- with .Values.topologySpreadConstraints }}
   topologySpreadConstraints:
     {{- range . }}
-    - {{ merge (deepCopy .) (dict "labelSelector" (dict "matchLabels" (include "warmfleet.selectorLabels" $ | fromYaml))) | toYaml | nindent 6 | trim }}
+    {{- $own := dict "labelSelector" (dict "matchLabels" (include "warmfleet.selectorLabels" $ | fromYaml)) }}
+    - {{ ternary . (merge $own .) (hasKey . "labelSelector") | toYaml | nindent 6 | trim }}
     {{- end }}
   {{- end }}
   {{- if and .Values.gpu.enabled .Values.gpu.dra.enabled }}
   resourceClaims:
     - name: gpu
-      resourceClaimTemplateName: {{ include "warmfleet.fullname" . }}
+      resourceClaimTemplateName: {{ include "warmfleet.claimName" . }}
   {{- end }}
   {{- if or .Values.model.initDownload .Values.extraInitContainers }}
   initContainers:
@@ -82,9 +83,6 @@ spec:
         {{- include "warmfleet.resources" . | nindent 8 }}
       volumeMounts:
         {{- include "warmfleet.mounts" . | nindent 8 }}
-        {{- with .Values.extraVolumeMounts }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
     {{- with .Values.extraContainers }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -158,6 +156,9 @@ lifecycle:
 - name: api-keys
   mountPath: /run/secrets/warmfleet
   readOnly: true
+{{- end }}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
 {{- end }}
 {{- end -}}
 

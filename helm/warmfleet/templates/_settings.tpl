@@ -46,9 +46,6 @@ yes
   "WARMFLEET_BIND" (printf "%s:%v" $values.listenHost $values.ports.api)
   "WARMFLEET_OPS_BIND" (printf "%s:%v" $values.listenHost $values.ports.ops)
   "WARMFLEET_DEVICE" (ternary "cuda" "cpu" $values.gpu.enabled)
-  "WARMFLEET_LOG_FORMAT" "json"
-  "XDG_CACHE_HOME" "/cache"
-  "HF_HOME" "/cache/huggingface"
 -}}
 {{- range $name := list "workers" "maxWorkers" "readyQuorum" "readyFloor" "budgetPolicy" "gpuMemoryUtilization" "gpuMemoryLimit" "hostMemoryUtilization" -}}
   {{- $text := include "warmfleet.text" (get $values $name | default "") -}}
@@ -64,9 +61,9 @@ yes
 {{- toYaml $found -}}
 {{- end -}}
 
-{{/* Label matchers of this release's series; rules and queries in files/ have job="warmfleet" in their place. */}}
+{{/* Label matchers of this Deployment's series, whose job is its name by either monitor; rules and queries in files/ have job="warmfleet" in their place. */}}
 {{- define "warmfleet.metricsSelector" -}}
-{{- .Values.metricsSelector | default (printf "namespace=%q,job=%q" .Release.Namespace .Release.Name) -}}
+{{- .Values.metricsSelector | default (printf "namespace=%q,job=%q" .Release.Namespace (include "warmfleet.fullname" .)) -}}
 {{- end -}}
 
 {{/* A file of rules or queries, about this release. */}}

@@ -59,10 +59,10 @@ resources.requests.memory {{ $request }} is above the limit {{ $limit | default 
 
 {{- define "warmfleet.validateGpu" -}}
 {{- $gpu := .Values.gpu }}
-{{- $shared := or $gpu.shared (hasSuffix ".shared" $gpu.resourceName) }}
+{{- $shared := or $gpu.shared (and (hasSuffix ".shared" $gpu.resourceName) (not $gpu.dra.enabled)) }}
 {{- if $gpu.enabled }}
 {{- if and $shared (not .Values.gpuMemoryLimit) }}
-{{ $gpu.resourceName }} is a GPU that others share, and nothing keeps them apart; set gpuMemoryLimit to this pod's part of its memory
+{{ ternary "gpu.shared says that others share the GPU" (printf "%s is a GPU that others share" $gpu.resourceName) $gpu.shared }}, and nothing keeps them apart; set gpuMemoryLimit to this pod's part of its memory
 {{- end }}
 {{- if and $shared (gt (int $gpu.count) 1) }}
 gpu.count {{ $gpu.count }} of a shared GPU may be the same one {{ $gpu.count }} times; set it to 1
