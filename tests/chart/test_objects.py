@@ -87,7 +87,7 @@ def test_a_service_monitor_finds_the_ops_service_alone(name: str) -> None:
 
 
 def test_job_of_the_series_is_the_deployment(name: str) -> None:
-    """Either monitor names the job as alerts and autoscalers ask for it, so that two in one release stay apart."""
+    """Either monitor names the job as alerts and autoscalers ask for it: two in one release stay apart."""
     rendered = render(SCENARIOS[name])
     deployment = rendered.one("Deployment")["metadata"]["name"]
     for monitor in rendered.all("ServiceMonitor") + rendered.all("PodMonitor"):
