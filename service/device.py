@@ -32,6 +32,7 @@ ALWAYS: Final = {
     "TRITON_NVML_BASED_CUDA_CHECK": "1",  # Triton's check of its own, from 3.8
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # a progress bar leaves its monitor thread behind
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime would report to its maker, and keep an id of this machine
 }
 UNLESS_SET: Final = {
     # Code for each number of tokens that a pass had: 3 MB apiece, a thousand of them, for no gain
