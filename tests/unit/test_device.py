@@ -200,6 +200,7 @@ class TestEnvironment:
             "TRITON_NVML_BASED_CUDA_CHECK": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "ORT_DISABLE_TELEMETRY": "1",
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
