@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,10 +46,10 @@ def need_runtime() -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def need() -> Callable[[str], str]:
-    """Find a program: the fixture gives its path, skips the test without it, and fails it in CI."""
+    """Find a program, of a Python package too: gives its path, skips the test without it, fails it in CI."""
 
     def find(program: str) -> str:
-        path = shutil.which(program)
+        path = shutil.which(program, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         if path is None and os.environ.get("CI") == "true":
             pytest.fail(f"{program} is not installed, and CI must run every test")
         if path is None:

@@ -138,6 +138,7 @@ class Prometheus:
         return float(found[0]["value"][1]) if found else None
 
     def range(self, query: str, start: float, end: float) -> list[dict[str, str]]:
-        """Return the labels of each series that a query has a number for, at any time of a range."""
+        """Return the labels of each series that a query has a number for, within a range, at its end too."""
+        start = end - math.ceil((end - start) / STEP_S) * STEP_S
         found = self.ask("query_range", query=query, start=start, end=end, step=STEP_S)["result"]
         return [one["metric"] for one in found if any(math.isfinite(float(v)) for _, v in one["values"])]
