@@ -6,15 +6,14 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import asdict
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.applications import Starlette
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from service import __version__
+from service import __version__, assets
 from service.budget import render
 from service.collector import exposition
 from service.lifecycle import Stage, State
@@ -35,13 +34,6 @@ if TYPE_CHECKING:
 STAGES = {State.LOADING: Stage.LOAD, State.WARMING: Stage.WARMUP}
 SKIPPED = "warm-up is skipped (WARMFLEET_SKIP_WARMUP): the first requests will be slow; development only"
 
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>warmfleet</title></head>
-<body><h1>warmfleet {version}</h1><p>{model}</p><ul>
-<li><a href="/ready">/ready</a>: may traffic come, and if not, why</li>
-<li><a href="/health">/health</a>: is this process alive</li>
-<li><a href="/workers">/workers</a>: everything known of every worker</li>
-<li><a href="/metrics">/metrics</a>: for Prometheus</li></ul></body></html>"""
-
 
 def create_ops_app(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -> Starlette:
     """Return the app of the ops listener; it answers from the worker's first second."""
@@ -60,11 +52,7 @@ def create_ops_app(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -
         text = await asyncio.to_thread(exposition, fleet, listeners)  # reads files
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def page(_: Request) -> Response:
-        return HTMLResponse(PAGE.format(version=__version__, model=escape(fleet.settings.model_id)))
-
     routes: dict[str, Endpoint] = {
-        "/": page,
         "/health": health,
         "/livez": health,
         "/ready": ready,
@@ -72,7 +60,7 @@ def create_ops_app(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -
         "/workers": workers,
         "/metrics": metrics,
     }
-    return Starlette(routes=[Route(path, endpoint) for path, endpoint in routes.items()])
+    return Starlette(routes=[*assets.routes(), *(Route(path, endpoint) for path, endpoint in routes.items())])
 
 
 def reply(payload: dict[str, Any], status: int = 200) -> Response:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TESTS = Path(__file__).parent
-FOLDERS = {"unit", "process", "chart", "image", "docs", "gpu", "model"}
+FOLDERS = {"unit", "process", "browser", "chart", "image", "docs", "gpu", "model"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// Five minutes of traffic: small graphs on one time axis, the newest at the right edge.
+
+import { find, h, list, say, set, svg } from "./dom.js";
+import { count, PARTS, percent, rate, took } from "./format.js";
+import { SPAN_S } from "./model.js";
+
+const HEIGHT = 56;
+
+const GRAPHS = [
+  { title: "Texts a second", lines: [["", "main area", (p) => p.texts]], format: rate, least: 1 },
+  { title: "Whole request", lines: [["p50", "main", (p) => p.stages.total?.p50], ["p99", "high", (p) => p.stages.total?.p99]], format: took, least: 0.001 },
+  { title: "Texts a batch", lines: [["", "main", (p) => p.batch]], format: rate, least: 1 },
+  { title: "Padding computed", lines: [["", "main area", (p) => p.padding]], format: percent, least: 0.01 },
+  { title: "Queue", lines: [["texts", "main area", (p) => p.queue], ["in the kernel", "high", (p) => p.kernel]], format: count, least: 1 },
+  { title: "Turned away a second", lines: [["429", "warn", (p) => p.refused], ["5xx", "bad", (p) => p.failed]], format: rate, least: 1 },
+];
+
+let views = null;
+
+export function update(document, { points }) {
+  views ??= GRAPHS.map((spec) => {
+    const view = graph(spec);
+    find("graphs").append(view.node);
+    return view;
+  });
+  for (const view of views) view.update(points, document.time);
+  stages(points, document);
+}
+
+function graph({ title, lines, format, least }) {
+  const drawing = plot(lines, least);
+  const top = h("span", { class: "top", "aria-hidden": "true" });
+  const values = lines.map(([name, kind]) => {
+    const value = h("b");
+    return { value, node: h("span", { class: `value ${kind}` }, value, name ? h("span", null, ` ${name}`) : "") };
+  });
+  const node = h("figure", { class: "graph" },
+    h("figcaption", null, h("span", { class: "name" }, title), h("span", { class: "values" }, ...values.map((one) => one.node))),
+    h("div", { class: "plot" }, drawing.node, top));
+  return {
+    node,
+    update(points, now) {
+      const { most, last } = drawing.update(points, now);
+      values.forEach(({ value }, i) => say(value, format(last[i])));
+      say(top, format(most));
+      set(drawing.node, "aria-label", `${title}, the last five minutes: ${lines.map(([name], i) => `${name} ${format(last[i])} now`.trim()).join(", ")}; the scale ends at ${format(most)}`);
+    },
+  };
+}
+
+/** Lines over the last five minutes; a line breaks where nothing is known. */
+function plot(lines, least, height = HEIGHT) {
+  const paths = lines.map(([, kind]) => svg("path", { class: kind.split(" ")[0] }));
+  const areas = lines.map(([, kind]) => (kind.includes("area") ? svg("path", { class: "under" }) : null));
+  const node = svg("svg", { role: "img", viewBox: `0 0 ${SPAN_S} ${height}`, preserveAspectRatio: "none" },
+    svg("path", { class: "grid", d: `M0 ${height - 0.5}H${SPAN_S}M0 0.5H${SPAN_S}M60 0V${height}M120 0V${height}M180 0V${height}M240 0V${height}` }),
+    ...areas.filter(Boolean), ...paths);
+  return {
+    node,
+    update(points, now) {
+      const columns = lines.map(([, , read]) => points.map((point) => (point.gap ? null : read(point) ?? null)));
+      const most = ceiling(Math.max(least, ...columns.flat().filter((value) => value !== null)));
+      columns.forEach((values, i) => {
+        const runs = runsOf(points, values, now, most, height);
+        set(paths[i], "d", runs.map((run) => `M${run.join("L")}`).join("") || null);
+        if (areas[i]) set(areas[i], "d", runs.map((run) => `M${run[0].split(" ")[0]} ${height}L${run.join("L")}L${run.at(-1).split(" ")[0]} ${height}Z`).join("") || null);
+      });
+      return { most, last: columns.map((values) => values.at(-1) ?? null) };
+    },
+  };
+}
+
+function runsOf(points, values, now, most, height) {
+  const runs = [];
+  let run = [];
+  values.forEach((value, i) => {
+    if (value === null) {
+      if (run.length) runs.push(run);
+      run = [];
+      return;
+    }
+    const x = SPAN_S - (now - points[i].time);
+    run.push(`${x.toFixed(1)} ${(height - 1 - (height - 2) * (value / most)).toFixed(1)}`);
+  });
+  if (run.length) runs.push(run);
+  return runs.map((one) => (one.length === 1 ? [one[0], one[0]] : one));
+}
+
+/** The next round number: 1, 1.5, 2, 3, 5, 7 or 10 of a power of ten. */
+export function ceiling(value) {
+  const unit = 10 ** Math.floor(Math.log10(value));
+  return [1, 1.5, 2, 3, 5, 7, 10].map((step) => step * unit).find((step) => step >= value * 0.999) ?? value;
+}
+
+function stages(points, document) {
+  const root = find("stages");
+  if (!root.firstChild) {
+    const heads = ["stage", "five minutes", "p50", "p99"].map((name) => h("th", { scope: "col" }, name));
+    root.append(h("table", { "aria-labelledby": "stages-title" }, h("thead", null, h("tr", null, ...heads)), h("tbody")));
+  }
+  const named = Object.keys(PARTS).filter((stage) => document.totals?.stages?.counts?.[stage]);
+  list(root.querySelector("tbody"), named, (stage) => stage, (stage) => {
+    const drawing = plot([["p50", "main", (p) => p.stages[stage]?.p50], ["p99", "high", (p) => p.stages[stage]?.p99]], 0.0005, 22);
+    const [p50, p99] = [h("td", { class: "num" }), h("td", { class: "num" })];
+    const node = h("tr", null, h("th", { scope: "row" }, PARTS[stage]), h("td", { class: "spark" }, drawing.node), p50, p99);
+    return {
+      node,
+      update() {
+        const { last } = drawing.update(points, document.time);
+        say(p50, took(last[0]));
+        say(p99, took(last[1]));
+        set(drawing.node, "aria-label", `${PARTS[stage]}: p50 ${took(last[0])}, p99 ${took(last[1])} now`);
+      },
+    };
+  });
+}
