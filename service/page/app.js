@@ -42,7 +42,7 @@ function draw() {
   }
 }
 
-for (const part of [slots, boots, warmup]) part.start(drawSoon);
+for (const part of [slots, boots, warmup, graphs]) part.start(drawSoon);
 setInterval(() => header.connection(connection.state, connection.silence), 1000);
 header.connection(connection.state, 0);
 connection.open();

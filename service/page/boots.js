@@ -2,9 +2,9 @@
 // Where boot time went: a line for each boot, all drawn from their fork so that they compare.
 
 import { bar, find, h, list, say, show } from "./dom.js";
-import { STAGES, took } from "./format.js";
+import { ceiling, STAGES, took } from "./format.js";
 
-const OUTCOMES = { booting: "so far", ready: "ready", gone: "ready, then gone", failed: "failed" };
+const OUTCOMES = { booting: "so far", ready: "ready", gone: "gone", failed: "failed" };
 const KINDS = ["import", "preload", "wait", "load", "to_device", "warmup"];
 const MOST_LINES = 24; // beyond this, earlier boots are shown when asked for
 let redraw = () => {};
@@ -34,10 +34,11 @@ export function update({ service, slots }) {
     { kind: "import", from: 0, size: service.import_seconds ?? 0, title: `import ${took(service.import_seconds)}` },
     { kind: "preload", from: service.import_seconds ?? 0, size: service.preload_seconds ?? 0, title: `weights ${took(service.preload_seconds)}` },
   ] };
-  const total = Math.max(longest, lead);
+  const total = ceiling(Math.max(longest, lead));
   const lines = [first, ...shown].map((one) => ({ ...one, total }));
   list(root.querySelector(".lines"), lines, (one) => one.id, line);
-  say(root.querySelector(".axis .end"), took(total));
+  root.querySelector(".lines").tabIndex = lines.length > MOST_LINES ? 0 : -1; // it scrolls
+  root.querySelectorAll(".axis b").forEach((tick, i) => say(tick, i ? took((total * i) / 4) : "fork"));
 }
 
 function lineOf(slot, boot, service, last) {
@@ -65,7 +66,7 @@ function line(made) {
   const name = h("span", { class: "name" });
   const what = h("span", { class: "what" });
   if (made.axis) {
-    const scale = h("span", { class: "scale" }, h("span", null, "fork"), h("span", { class: "end" }));
+    const scale = h("span", { class: "scale" }, ...[0, 1, 2, 3, 4].map(() => h("b")));
     return { node: h("div", { class: "lane axis", "aria-hidden": "true" }, name, scale, what) };
   }
   const track = bar("track");
@@ -78,7 +79,7 @@ function line(made) {
       const words = one.outcome ? OUTCOMES[one.outcome] ?? one.outcome : one.when;
       const stages = one.parts.filter((part) => part.size > 0).map((part) => part.title).join(", ");
       track.update(one.parts, one.total, `${one.generation === undefined ? "the service" : `slot ${one.name}, boot ${one.generation}, ${one.when}`}: ${stages || "nothing yet"}; ${words}`);
-      say(what, one.outcome === "ready" || !one.outcome ? took(one.seconds) : `${took(one.seconds)} ${words}`);
+      say(what, one.outcome === "ready" || !one.outcome ? took(one.seconds) : `${took(one.seconds)}, ${words}`);
       what.title = one.when;
     },
   };

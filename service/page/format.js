@@ -72,8 +72,13 @@ export const PARTS = {
   tokenize: "tokenise", queue: "queue", forward: "forward", encode: "encode", total: "whole request",
 };
 
-/** States in five tones: what the colour of a state says is said by its name as well. */
-export function tone(state) {
-  if (["ready", "warming", "loading", "draining", "failed", "empty"].includes(state)) return state;
-  return state === "degraded" ? "failed" : state === "starting" ? "warming" : "waiting";
+const TONES = { backoff: "failed", degraded: "failed", starting: "warming", spawned: "waiting", pinned: "waiting" };
+
+/** The tone of a state; what the colour says is said by a word beside it as well. */
+export const tone = (state) => TONES[state] ?? state;
+
+/** The next round number: 1, 1.5, 2, 3, 5, 7 or 10 of a power of ten. */
+export function ceiling(value) {
+  const unit = 10 ** Math.floor(Math.log10(value));
+  return [1, 1.5, 2, 3, 5, 7, 10].map((step) => step * unit).find((step) => step >= value * 0.999) ?? value;
 }

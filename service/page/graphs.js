@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Five minutes of traffic: small graphs on one time axis, the newest at the right edge.
 
-import { find, h, list, say, set, svg } from "./dom.js";
-import { count, PARTS, percent, rate, took } from "./format.js";
+import { find, h, list, say, set, show, svg } from "./dom.js";
+import { age, ceiling, count, PARTS, percent, rate, took } from "./format.js";
 import { SPAN_S } from "./model.js";
 
 const HEIGHT = 56;
@@ -17,34 +17,56 @@ const GRAPHS = [
 ];
 
 let views = null;
+let shown = null; // what was drawn last: {points, now, span}
+let pointed = null; // seconds ago that the pointer is at
 
 export function update(document, { points }) {
+  const now = document.time;
+  shown = { points, now, span: Math.min(SPAN_S, Math.max(60, now - (points[0]?.time ?? now))) };
   views ??= GRAPHS.map((spec) => {
     const view = graph(spec);
     find("graphs").append(view.node);
     return view;
   });
-  for (const view of views) view.update(points, document.time);
-  stages(points, document);
+  for (const view of views) view.update(shown);
+  stages(shown, document);
+}
+
+/** Pointing at any graph reads all of them at that time. */
+export function start() {
+  const read = (seconds) => {
+    pointed = seconds;
+    for (const view of shown ? views : []) view.update(shown);
+  };
+  find("graphs").addEventListener("pointermove", (event) => {
+    const box = event.target.closest(".plot")?.getBoundingClientRect();
+    read(box && shown ? shown.span * (1 - (event.clientX - box.left) / box.width) : null);
+  });
+  find("graphs").addEventListener("pointerleave", () => read(null));
 }
 
 function graph({ title, lines, format, least }) {
   const drawing = plot(lines, least);
   const top = h("span", { class: "top", "aria-hidden": "true" });
+  const from = h("span", { class: "from", "aria-hidden": "true" });
+  const cursor = h("span", { class: "cursor", hidden: "" });
   const values = lines.map(([name, kind]) => {
     const value = h("b");
     return { value, node: h("span", { class: `value ${kind}` }, value, name ? h("span", null, ` ${name}`) : "") };
   });
   const node = h("figure", { class: "graph" },
     h("figcaption", null, h("span", { class: "name" }, title), h("span", { class: "values" }, ...values.map((one) => one.node))),
-    h("div", { class: "plot" }, drawing.node, top));
+    h("div", { class: "plot" }, drawing.node, top, from, cursor));
   return {
     node,
-    update(points, now) {
-      const { most, last } = drawing.update(points, now);
-      values.forEach(({ value }, i) => say(value, format(last[i])));
+    update(drawn) {
+      const { most, last, at } = drawing.update(drawn);
+      show(cursor, pointed !== null);
+      cursor.style.left = `${100 * (1 - (pointed ?? 0) / drawn.span)}%`;
+      say(from, pointed === null ? `${age(drawn.span)} ago` : `${age(pointed)} ago`);
+      values.forEach(({ value }, i) => say(value, format((pointed === null ? last : at)[i])));
       say(top, format(most));
-      set(drawing.node, "aria-label", `${title}, the last five minutes: ${lines.map(([name], i) => `${name} ${format(last[i])} now`.trim()).join(", ")}; the scale ends at ${format(most)}`);
+      set(drawing.node, "aria-label", `${title}, the last ${age(drawn.span)}: ${lines.map(([name], i) => `${name} ${format(last[i])} now`.trim()).join(", ")}; the scale ends at ${format(most)}`);
     },
   };
 }
@@ -53,25 +75,28 @@ function graph({ title, lines, format, least }) {
 function plot(lines, least, height = HEIGHT) {
   const paths = lines.map(([, kind]) => svg("path", { class: kind.split(" ")[0] }));
   const areas = lines.map(([, kind]) => (kind.includes("area") ? svg("path", { class: "under" }) : null));
-  const node = svg("svg", { role: "img", viewBox: `0 0 ${SPAN_S} ${height}`, preserveAspectRatio: "none" },
-    svg("path", { class: "grid", d: `M0 ${height - 0.5}H${SPAN_S}M0 0.5H${SPAN_S}M60 0V${height}M120 0V${height}M180 0V${height}M240 0V${height}` }),
-    ...areas.filter(Boolean), ...paths);
+  const grid = svg("path", { class: "grid" });
+  const node = svg("svg", { role: "img", viewBox: `0 0 ${SPAN_S} ${height}`, preserveAspectRatio: "none" }, grid, ...areas.filter(Boolean), ...paths);
   return {
     node,
-    update(points, now) {
+    update({ points, now, span }) {
+      const minutes = [1, 2, 3, 4].filter((minute) => 60 * minute < span);
+      const uprights = minutes.map((minute) => `M${(SPAN_S * (1 - (60 * minute) / span)).toFixed(1)} 0V${height}`);
+      set(grid, "d", `M0 ${height - 0.5}H${SPAN_S}M0 0.5H${SPAN_S}${uprights.join("")}`);
       const columns = lines.map(([, , read]) => points.map((point) => (point.gap ? null : read(point) ?? null)));
       const most = ceiling(Math.max(least, ...columns.flat().filter((value) => value !== null)));
       columns.forEach((values, i) => {
-        const runs = runsOf(points, values, now, most, height);
+        const runs = runsOf(points, values, { now, span, most, height });
         set(paths[i], "d", runs.map((run) => `M${run.join("L")}`).join("") || null);
         if (areas[i]) set(areas[i], "d", runs.map((run) => `M${run[0].split(" ")[0]} ${height}L${run.join("L")}L${run.at(-1).split(" ")[0]} ${height}Z`).join("") || null);
       });
-      return { most, last: columns.map((values) => values.at(-1) ?? null) };
+      const near = pointed === null ? -1 : points.findLastIndex((point) => point.time <= now - pointed + 0.5);
+      return { most, last: columns.map((values) => values.at(-1) ?? null), at: columns.map((values) => values[near] ?? null) };
     },
   };
 }
 
-function runsOf(points, values, now, most, height) {
+function runsOf(points, values, { now, span, most, height }) {
   const runs = [];
   let run = [];
   values.forEach((value, i) => {
@@ -80,20 +105,14 @@ function runsOf(points, values, now, most, height) {
       run = [];
       return;
     }
-    const x = SPAN_S - (now - points[i].time);
+    const x = SPAN_S * (1 - (now - points[i].time) / span);
     run.push(`${x.toFixed(1)} ${(height - 1 - (height - 2) * (value / most)).toFixed(1)}`);
   });
   if (run.length) runs.push(run);
   return runs.map((one) => (one.length === 1 ? [one[0], one[0]] : one));
 }
 
-/** The next round number: 1, 1.5, 2, 3, 5, 7 or 10 of a power of ten. */
-export function ceiling(value) {
-  const unit = 10 ** Math.floor(Math.log10(value));
-  return [1, 1.5, 2, 3, 5, 7, 10].map((step) => step * unit).find((step) => step >= value * 0.999) ?? value;
-}
-
-function stages(points, document) {
+function stages(drawn, document) {
   const root = find("stages");
   if (!root.firstChild) {
     const heads = ["stage", "five minutes", "p50", "p99"].map((name) => h("th", { scope: "col" }, name));
@@ -107,7 +126,7 @@ function stages(points, document) {
     return {
       node,
       update() {
-        const { last } = drawing.update(points, document.time);
+        const { last } = drawing.update(drawn);
         say(p50, took(last[0]));
         say(p99, took(last[1]));
         set(drawing.node, "aria-label", `${PARTS[stage]}: p50 ${took(last[0])}, p99 ${took(last[1])} now`);

@@ -12,7 +12,7 @@ const CONNECTION = {
   paused: "paused while hidden",
 };
 const TONES = { ready: "#2f9e6b", warming: "#d9822b", failed: "#d64545", draining: "#2a93ad", waiting: "#7d8590" };
-const ORDER = ["ready", "warming", "loading", "waiting", "backoff", "pinned", "spawned", "draining", "failed", "empty"];
+const ORDER = ["ready", "warming", "loading", "waiting", "pinned", "spawned", "draining", "backoff", "failed", "empty"];
 let told = "";
 
 export function update({ service, fleet, slots, budget }) {

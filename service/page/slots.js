@@ -5,6 +5,7 @@ import { bar, facts, find, h, list, say, set, show } from "./dom.js";
 import { age, bytes, count, plural, rate, STAGES, took, tone } from "./format.js";
 
 const MOST_CARDS = 12;
+const SILENT_S = 3; // as /ready has it
 const GOING = ["loading", "warming"];
 let mode = "";
 
@@ -17,19 +18,20 @@ export function update({ slots, fleet }, history) {
   const root = find("slots");
   if (mode !== (rows ? "rows" : "cards")) {
     mode = rows ? "rows" : "cards";
-    root.replaceChildren(...(rows ? [heads(), h("ol", { class: "rows" })] : [h("ol", { class: "cards" })]));
+    root.replaceChildren(...(rows ? [h("div", { class: "tops", "aria-hidden": "true" }, heads(), heads()), h("ol", { class: "rows" })] : [h("ol", { class: "cards" })]));
   }
   show(find("filter"), rows);
   const shown = rows && find("odd").checked ? slots.filter((slot) => slot.state !== "ready") : slots;
   const most = Math.max(...slots.map((slot) => memoryParts(slot).reduce((sum, part) => sum + part.size, 0)), 1);
   const speeds = history.latest?.slots ?? {};
   const told = shown.map((slot) => ({ slot, most, speed: speeds[slot.slot] ?? (history.latest ? 0 : null), fleet }));
-  list(root.querySelector("ol"), told, (item) => item.slot.slot, rows ? row : card);
+  root.lastChild.style.setProperty("--half", Math.ceil(shown.length / 2));
+  list(root.lastChild, told, (item) => item.slot.slot, rows ? row : card);
 }
 
 function heads() {
-  const names = ["", "state", "since", "doing", "load", "texts/s", "memory", "failures"];
-  return h("div", { class: "row heads", "aria-hidden": "true" }, ...names.map((name) => h("span", null, name)));
+  const names = ["", "state", "since", "", "in work", "texts/s", "memory"];
+  return h("div", { class: "row heads" }, ...names.map((name) => h("span", null, name)));
 }
 
 function card(item) {
@@ -67,12 +69,12 @@ function row(item) {
   const number = item.slot.slot;
   const top = stateOf();
   const doing = doings();
-  const [load, speed, memory, failures] = ["load ", "texts a second ", "memory ", "failures "].map((name) => {
+  const [load, speed, memory] = ["in work ", "texts a second ", "memory "].map((name) => {
     const value = h("span");
     return { node: h("span", { class: "num" }, h("span", { class: "vh" }, name), value), value };
   });
   const more = detail(h("span", { class: "row" }, h("span", { class: "num slot" }, h("span", { class: "vh" }, "slot "), String(number)),
-    top.node, top.since, doing.node, load.node, speed.node, memory.node, failures.node));
+    top.node, top.since, doing.node, load.node, speed.node, memory.node));
   const node = h("li", { id: `slot-${number}` }, more.node);
   return {
     node,
@@ -84,7 +86,6 @@ function row(item) {
       say(speed.value, rate(texts));
       const found = memoryParts(slot);
       say(memory.value, found.length ? bytes(found.reduce((sum, part) => sum + part.size, 0)) : "–");
-      say(failures.value, slot.failures ? count(slot.failures) : "");
       more.update(slot);
     },
   };
@@ -107,8 +108,9 @@ function stateOf() {
 /** What a worker is at: a bar while it boots, one line of its boot afterwards. */
 function doings() {
   const text = h("span", { class: "text" });
+  const why = h("span", { class: "why" });
   const progress = h("progress", { max: 1 });
-  const node = h("div", { class: "doing" }, progress, text);
+  const node = h("div", { class: "doing" }, progress, text, why);
   return {
     node,
     update(slot) {
@@ -119,6 +121,9 @@ function doings() {
       else progress.value = share;
       set(progress, "aria-label", `slot ${slot.slot} is ${slot.state}`);
       say(text, at(slot));
+      const failing = slot.state !== "ready" && slot.failures > 0 && slot.last_error;
+      show(why, Boolean(failing));
+      if (failing) say(why, `${slot.last_error.state}: ${slot.last_error.text}`.slice(0, 200));
     },
   };
 }
@@ -140,7 +145,7 @@ function at(slot) {
     case "backoff": return `tries again in ${took(Math.max(0, slot.retry_in_seconds ?? 0))}`;
     case "failed": return "could not become ready";
     case "draining": return `finishing ${plural(slot.requests_in_flight ?? 0, "request")}`;
-    case "ready": return booted(slot);
+    case "ready": return slot.heartbeat_age_seconds > SILENT_S ? `not heard of for ${age(slot.heartbeat_age_seconds)}` : booted(slot);
     case "empty": return "no process";
     default: return "starting";
   }
@@ -194,8 +199,9 @@ function detail(line) {
 
 function hint(slot) {
   const where = `${slot.device ?? "–"} · boot ${slot.generation}`;
-  if (slot.failures) return `${where} · failed ${slot.failures === 1 ? "once" : `${slot.failures} times in a row`}`;
-  return slot.last_error ? `${where} · has failed before` : where;
+  if (slot.failures) return `${where} · ${plural(slot.failures, "failure")}`;
+  const earlier = Object.values(slot.failures_by_reason ?? {}).reduce((sum, times) => sum + times, 0);
+  return earlier ? `${where} · ${plural(earlier, "earlier failure")}` : where;
 }
 
 function rows(slot) {
