@@ -29,7 +29,7 @@ export function update(document, { points }) {
     return view;
   });
   for (const view of views) view.update(shown);
-  stages(shown, document);
+  stages(document);
 }
 
 /** Pointing at any graph reads all of them at that time. */
@@ -112,7 +112,7 @@ function runsOf(points, values, { now, span, most, height }) {
   return runs.map((one) => (one.length === 1 ? [one[0], one[0]] : one));
 }
 
-function stages(drawn, document) {
+function stages(document) {
   const root = find("stages");
   if (!root.firstChild) {
     const heads = ["stage", "five minutes", "p50", "p99"].map((name) => h("th", { scope: "col" }, name));
@@ -126,7 +126,7 @@ function stages(drawn, document) {
     return {
       node,
       update() {
-        const { last } = drawing.update(drawn);
+        const { last } = drawing.update(shown);
         say(p50, took(last[0]));
         say(p99, took(last[1]));
         set(drawing.node, "aria-label", `${PARTS[stage]}: p50 ${took(last[0])}, p99 ${took(last[1])} now`);

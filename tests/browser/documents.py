@@ -14,10 +14,18 @@ HOSTILE = '<img src=x onerror="document.title=1"><script>document.title="owned"<
 
 
 def boot(
-    began: float, *, load: float = 2.0, warmup: float | None = 1.5, generation: int = 1, outcome: str = "ready"
+    began: float,
+    *,
+    load: float = 2.0,
+    warmup: float | None = 1.5,
+    generation: int = 1,
+    outcome: str = "ready",
 ) -> Document:
     """A boot that waited shortly; `warmup` None: it is still at the load."""
-    stages = [{"stage": "wait", "at": began, "seconds": 0.1}, {"stage": "load", "at": began + 0.1, "seconds": load}]
+    stages = [
+        {"stage": "wait", "at": began, "seconds": 0.1},
+        {"stage": "load", "at": began + 0.1, "seconds": load},
+    ]
     end = began + 0.1 + load
     if warmup is None:
         stages[-1]["seconds"] = None
@@ -91,7 +99,9 @@ def slot(number: int, state: str = "ready", **changes: Any) -> Document:
 
 def cold(number: int) -> Document:
     """A slot that has only just been forked: nothing is known of it."""
-    memory = dict.fromkeys(("rss", "pss", "uss", "device_allocated", "device_reserved", "device_peak", "device_context"))
+    memory = dict.fromkeys(
+        ("rss", "pss", "uss", "device_allocated", "device_reserved", "device_peak", "device_context")
+    )
     return slot(
         number,
         "waiting",
@@ -100,14 +110,26 @@ def cold(number: int) -> Document:
         stage_seconds={},
         memory_bytes=memory,
         max_batch_tokens=None,
-        boots=[{"generation": 1, "began": 6.6, "stages": [{"stage": "wait", "at": 6.6, "seconds": None}], "ready_at": None, "ended_at": None, "outcome": "booting"}],
+        boots=[
+            {
+                "generation": 1,
+                "began": 6.6,
+                "stages": [{"stage": "wait", "at": 6.6, "seconds": None}],
+                "ready_at": None,
+                "ended_at": None,
+                "outcome": "booting",
+            }
+        ],
         warmup=[],
     )
 
 
 def failing(number: int, text: str = HOSTILE) -> Document:
     """A slot whose boots fail."""
-    boots = [boot(6.6, outcome="gone"), *(boot(40.0 + 9 * g, warmup=None, outcome="failed", generation=g) for g in (2, 3))]
+    boots = [
+        boot(6.6, outcome="gone"),
+        *(boot(40.0 + 9 * g, warmup=None, outcome="failed", generation=g) for g in (2, 3)),
+    ]
     return slot(
         number,
         "backoff",
@@ -137,7 +159,11 @@ def host_room(workers: int, *, total: int = 4 * GIB) -> Document:
         "shared_bytes": shared,
         "shared_name": "the arbiter and what workers share",
         "workers": [{"slot": n, "bytes": used, "parts": {"private": used}} for n in range(workers)],
-        "next_worker": {"bytes": price, "parts": {"private": used, "busy": 96 * MIB, "slack": 14 * MIB}, "fits": headroom >= price},
+        "next_worker": {
+            "bytes": price,
+            "parts": {"private": used, "busy": 96 * MIB, "slack": 14 * MIB},
+            "fits": headroom >= price,
+        },
         "headroom_bytes": headroom,
         "fits": max(0, (limit - others - shared) // price),
         "binding": True,
@@ -186,8 +212,15 @@ def totals(seconds: float, *, texts_per_second: float = 500.0, slots: int = 4) -
         "batch_texts": texts,
         "batch_tokens": 20 * texts,
         "batch_seconds": 0.02 * batches,
-        "stages": {"le": EDGES, "counts": dict.fromkeys(STAGES, counts), "sums": dict.fromkeys(STAGES, 0.03 * texts)},
-        "by_slot": {str(n): {"texts": texts // slots, "tokens": 20 * texts // slots, "requests": texts // slots} for n in range(slots)},
+        "stages": {
+            "le": EDGES,
+            "counts": dict.fromkeys(STAGES, counts),
+            "sums": dict.fromkeys(STAGES, 0.03 * texts),
+        },
+        "by_slot": {
+            str(n): {"texts": texts // slots, "tokens": 20 * texts // slots, "requests": texts // slots}
+            for n in range(slots)
+        },
     }
 
 
@@ -228,7 +261,9 @@ def document(
         "fleet": {
             "status": status,
             "ready": status == "ready",
-            "verdict": f"serving: {ready} of {len(slots)} ready" if ready else f"not serving: 0 of {len(slots)} ready",
+            "verdict": f"serving: {ready} of {len(slots)} ready"
+            if ready
+            else f"not serving: 0 of {len(slots)} ready",
             "detail": f"{ready} of {len(slots)} workers are ready",
             "ready_workers": ready,
             "wanted_workers": 1 if ready else len(slots),
@@ -245,7 +280,9 @@ def document(
             "fits": found[0]["fits"] if found else None,
             "binding": "host" if found else None,
             "oom_kills": 0,
-            "text": ["host: 4.00 GiB * 0.9 = 3.60 GiB; a worker takes 260 MiB"] if found else ["no worker has been measured yet"],
+            "text": ["host: 4.00 GiB * 0.9 = 3.60 GiB; a worker takes 260 MiB"]
+            if found
+            else ["no worker has been measured yet"],
             "rooms": found,
         },
         "totals": totals(at, texts_per_second=traffic, slots=len(slots)),
@@ -255,10 +292,34 @@ def document(
 
 def booting(at: float) -> Document:
     """Four slots `at` seconds into a boot: one is warming, two load, one waits; no memory was measured yet."""
-    warming = slot(0, "warming", seconds_in_state=at - 8.7, progress=min(0.95, (at - 8.7) / 6), doing="64×512", eta_seconds=8.0, warmup_seconds=None, boots=[boot(6.6, warmup=None, outcome="booting")])
-    warming["boots"][0]["stages"] = [{"stage": "wait", "at": 6.6, "seconds": 0.1}, {"stage": "load", "at": 6.7, "seconds": 2.0}, {"stage": "warmup", "at": 8.7, "seconds": None}]
+    warming = slot(
+        0,
+        "warming",
+        seconds_in_state=at - 8.7,
+        progress=min(0.95, (at - 8.7) / 6),
+        doing="64×512",
+        eta_seconds=8.0,
+        warmup_seconds=None,
+        boots=[boot(6.6, warmup=None, outcome="booting")],
+    )
+    warming["boots"][0]["stages"] = [
+        {"stage": "wait", "at": 6.6, "seconds": 0.1},
+        {"stage": "load", "at": 6.7, "seconds": 2.0},
+        {"stage": "warmup", "at": 8.7, "seconds": None},
+    ]
     warming["warmup"] = [shape(64, 512, 0.3) | {"passes": [0.9, 0.4], "converged": None, "steady_s": None}]
-    loading = [slot(n, "loading", seconds_in_state=at - 6.7, eta_seconds=1.4, warmup_seconds=None, boots=[boot(6.6, warmup=None, outcome="booting")], warmup=[]) for n in (1, 2)]
+    loading = [
+        slot(
+            n,
+            "loading",
+            seconds_in_state=at - 6.7,
+            eta_seconds=1.4,
+            warmup_seconds=None,
+            boots=[boot(6.6, warmup=None, outcome="booting")],
+            warmup=[],
+        )
+        for n in (1, 2)
+    ]
     found = document([warming, *loading, cold(3)], at=at, rooms=[], traffic=0)
     found["fleet"]["verdict"] = "not serving: 0 of 4 ready, slot 0 is warming: batch 64×512, 8 s left"
     return found
