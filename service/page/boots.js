@@ -5,7 +5,7 @@ import { bar, find, h, list, say, show } from "./dom.js";
 import { ceiling, STAGES, took } from "./format.js";
 
 const OUTCOMES = { booting: "so far", ready: "ready", gone: "gone", failed: "failed" };
-const KINDS = ["import", "preload", "wait", "load", "to_device", "warmup"];
+const KINDS = ["import", "preload", "start", "wait", "load", "to_device", "warmup"];
 const MOST_LINES = 24; // beyond this, earlier boots are shown when asked for
 let redraw = () => {};
 
@@ -26,7 +26,7 @@ export function update({ service, slots }) {
   const lead = (service.import_seconds ?? 0) + (service.preload_seconds ?? 0);
   const longest = Math.max(...shown.map((one) => one.seconds), 0.1);
   const root = find("boots");
-  const used = new Set(shown.flatMap((one) => one.parts.map((part) => part.kind)));
+  const used = new Set(shown.flatMap((one) => one.parts.filter((part) => part.size >= 0.001).map((part) => part.kind)));
   if (service.import_seconds) used.add("import");
   if (service.preload_seconds) used.add("preload");
   legend(root.querySelector(".legend"), KINDS.filter((kind) => used.has(kind)));
@@ -38,18 +38,20 @@ export function update({ service, slots }) {
   const lines = [first, ...shown].map((one) => ({ ...one, total }));
   list(root.querySelector(".lines"), lines, (one) => one.id, line);
   root.querySelector(".lines").tabIndex = lines.length > MOST_LINES ? 0 : -1; // it scrolls
-  root.querySelectorAll(".axis b").forEach((tick, i) => say(tick, i ? took((total * i) / 4) : "fork"));
+  root.querySelectorAll(".axis b").forEach((tick, i) => say(tick, i ? took((total * i) / 2) : "fork"));
 }
 
 function lineOf(slot, boot, service, last) {
   const now = service.uptime_seconds;
   const end = boot.ready_at ?? boot.ended_at;
-  const parts = (boot.stages ?? []).map((stage) => {
+  const first = boot.stages?.[0]?.at ?? end ?? now;
+  const start = { kind: "start", from: 0, size: first - boot.began, title: `start ${took(first - boot.began)}` };
+  const parts = [start, ...(boot.stages ?? []).map((stage) => {
     const open = stage.seconds === null || stage.seconds === undefined;
     const size = open ? Math.max(0, (end ?? now) - stage.at) : stage.seconds;
     return { kind: stage.stage, from: Math.max(0, stage.at - boot.began), size, title: `${STAGES[stage.stage] ?? stage.stage} ${took(size)}` };
-  });
-  const reach = Math.max(...parts.map((part) => part.from + part.size), (end ?? (boot.outcome === "booting" ? now : boot.began)) - boot.began, 0);
+  })];
+  const reach = Math.max(...parts.map((part) => part.from + part.size), (end ?? now) - boot.began);
   return {
     id: `${slot.slot}/${boot.generation}`,
     name: `${slot.slot}`,
@@ -66,7 +68,7 @@ function line(made) {
   const name = h("span", { class: "name" });
   const what = h("span", { class: "what" });
   if (made.axis) {
-    const scale = h("span", { class: "scale" }, ...[0, 1, 2, 3, 4].map(() => h("b")));
+    const scale = h("span", { class: "scale" }, ...[0, 1, 2].map(() => h("b")));
     return { node: h("div", { class: "lane axis", "aria-hidden": "true" }, name, scale, what) };
   }
   const track = bar("track");

@@ -71,8 +71,8 @@ function roomView() {
       set(limit, "data-words", `limit ${bytes(room.limit_bytes)}`);
       const many = room.workers?.length ?? 0;
       list(figures, [
-        ["others", "others", room.others_bytes],
-        ["shared", room.shared_name ?? "shared", room.shared_bytes],
+        ["others", "others", room.others_bytes || null],
+        ["shared", room.shared_name ?? "shared", room.shared_bytes || null],
         ["worker", plural(many, "worker"), workers],
         ["free", "head-room", room.headroom_bytes],
         ["beyond", `limit ${percent(room.utilization)}`, room.limit_bytes],

@@ -4,7 +4,7 @@
 const POLL_MS = 2000;
 const ANSWER_MS = 4000; // for one answer to a question
 const SILENT_MS = 7000; // a stream that says nothing for so long is dead, whatever the socket says
-const STREAM_AGAIN_MS = 15000; // while asking works, a stream is tried this often
+const STREAM_AGAIN_MS = 15000; // where no stream is to be had, one is tried this often
 const HIDDEN_MS = 60000; // a page that nobody looks at lets go of its stream
 
 const jitter = (least, most) => least + Math.random() * (most - least);
@@ -14,6 +14,7 @@ export class Connection {
   state = "connecting";
   answered = performance.now(); // when the service last said anything
   #stream = null;
+  #heard = false; // anything, on this stream
   #timers = {};
 
   constructor({ onDocument, onState }) {
@@ -33,26 +34,26 @@ export class Connection {
     this.#stop();
     const stream = new EventSource("events");
     this.#stream = stream;
+    this.#heard = false;
     stream.addEventListener("status", (event) => {
       if (stream !== this.#stream) return;
+      this.#heard = true;
       this.#after("silent", SILENT_MS, () => this.#lost());
       this.#clear("poll");
       this.#take(JSON.parse(event.data), "live");
     });
     stream.addEventListener("bye", () => { // the worker goes; another one will answer
-      this.#stop();
-      this.#after("open", jitter(100, 1000), () => this.open());
-      this.#after("poll", POLL_MS, () => this.#poll());
+      if (stream === this.#stream) this.#lost();
     });
     stream.onerror = () => stream === this.#stream && this.#lost();
     this.#after("silent", SILENT_MS, () => this.#lost());
   }
 
-  /** No stream: ask, and try a stream again later. */
+  /** A stream that ended is opened again at once; where there is none, ask, and try again later. */
   #lost() {
     this.#stop();
-    this.#after("open", jitter(0.7, 1.3) * STREAM_AGAIN_MS, () => this.open());
-    this.#after("poll", jitter(50, 400), () => this.#poll());
+    this.#after("open", this.#heard ? jitter(100, 1000) : jitter(0.7, 1.3) * STREAM_AGAIN_MS, () => this.open());
+    this.#after("poll", this.#heard ? POLL_MS : jitter(50, 400), () => this.#poll());
   }
 
   async #poll() {

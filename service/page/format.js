@@ -65,7 +65,7 @@ export function plural(number, one, many) {
 }
 
 export const STAGES = {
-  import: "import", preload: "weights", wait: "wait", load: "load", to_device: "to device", warmup: "warm-up",
+  import: "import", preload: "weights", start: "start", wait: "wait", load: "load", to_device: "to device", warmup: "warm-up",
 };
 
 export const PARTS = {

@@ -115,9 +115,10 @@ function runsOf(points, values, { now, span, most, height }) {
 function stages(document) {
   const root = find("stages");
   if (!root.firstChild) {
-    const heads = ["stage", "five minutes", "p50", "p99"].map((name) => h("th", { scope: "col" }, name));
+    const heads = ["stage", "", "p50", "p99"].map((name) => h("th", { scope: "col" }, name));
     root.append(h("table", { "aria-labelledby": "stages-title" }, h("thead", null, h("tr", null, ...heads)), h("tbody")));
   }
+  say(root.querySelector("th:nth-child(2)"), `last ${age(shown.span)}`);
   const named = Object.keys(PARTS).filter((stage) => document.totals?.stages?.counts?.[stage]);
   list(root.querySelector("tbody"), named, (stage) => stage, (stage) => {
     const drawing = plot([["p50", "main", (p) => p.stages[stage]?.p50], ["p99", "high", (p) => p.stages[stage]?.p99]], 0.0005, 22);

@@ -43,12 +43,12 @@ export function modelName(model) {
 }
 
 function figures(service, fleet, budget) {
-  const floor = `${fleet.floor} (floor)`;
+  const planned = fleet.planned_workers && fleet.planned_workers !== fleet.target_workers ? ` of ${fleet.planned_workers} planned` : "";
   const room = budget?.fits ? ` · room for ${budget.fits}` : "";
   return [
     ["up", age(service.uptime_seconds)],
-    ["ready at", fleet.was_ready ? floor : `${fleet.wanted_workers} (quorum), then ${floor}`],
-    ["workers", `${count(fleet.target_workers)}${fleet.planned_workers ? ` of ${fleet.planned_workers} planned` : ""}${room}`],
+    ["needs", fleet.was_ready ? `${fleet.floor} ready (floor)` : `${fleet.wanted_workers} ready (quorum), later ${fleet.floor} (floor)`],
+    ["workers", `${count(fleet.target_workers)}${planned}${room}`],
     ["backend", `${service.backend} on ${service.device}`],
     ["before the fork", before(service)],
     ["roll", service.roll_epoch ? `${service.roll_epoch}` : null],
@@ -70,11 +70,11 @@ function strip(slots) {
   });
   const counts = {};
   for (const slot of slots) counts[slot.state] = (counts[slot.state] ?? 0) + 1;
-  const found = ORDER.filter((state) => counts[state]);
-  list(find("tally"), found, (state) => state, (state) => {
-    const number = h("b");
-    const node = h("span", { class: "state", "data-tone": tone(state) }, number, ` ${state}`);
-    return { node, update: () => say(number, count(counts[state])) };
+  const found = ORDER.filter((state) => counts[state]).map((state) => ({ state, number: counts[state] }));
+  list(find("tally"), found, ({ state }) => state, ({ state }) => {
+    const value = h("b");
+    const node = h("span", { class: "state", "data-tone": tone(state) }, value, ` ${state}`);
+    return { node, update: ({ number }) => say(value, count(number)) };
   });
 }
 
@@ -101,7 +101,7 @@ export function connection(state, silence) {
   const gone = state === "away";
   show(find("away"), gone);
   if (gone) {
-    say(find("away"), `The service does not answer since ${age(silence)}; trying again. What you see is older than that.`);
-    announce("the service does not answer; trying again");
+    say(find("away"), `The service has not answered for ${age(silence)}; trying again. What you see below is from before.`);
+    announce("The service does not answer; trying again.");
   }
 }

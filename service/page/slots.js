@@ -81,7 +81,7 @@ function row(item) {
     update({ slot, speed: texts }) {
       set(node, "data-tone", tone(slot.state));
       top.update(slot);
-      doing.update(slot);
+      doing.update(slot, slot.state === "ready" && !silent(slot) ? `boot took ${took(bootSeconds(slot))}` : at(slot));
       say(load.value, count(slot.requests_in_flight ?? slot.load));
       say(speed.value, rate(texts));
       const found = memoryParts(slot);
@@ -113,15 +113,15 @@ function doings() {
   const node = h("div", { class: "doing" }, progress, text, why);
   return {
     node,
-    update(slot) {
+    update(slot, words = at(slot)) {
       const going = GOING.includes(slot.state);
       show(progress, going);
       const share = going ? advance(slot) : null;
       if (share === null) progress.removeAttribute("value");
       else progress.value = share;
       set(progress, "aria-label", `slot ${slot.slot} is ${slot.state}`);
-      say(text, at(slot));
-      const failing = slot.state !== "ready" && slot.failures > 0 && slot.last_error;
+      say(text, words);
+      const failing = !["ready", "draining"].includes(slot.state) && slot.failures > 0 && slot.last_error;
       show(why, Boolean(failing));
       if (failing) say(why, `${slot.last_error.state}: ${slot.last_error.text}`.slice(0, 200));
     },
@@ -145,15 +145,18 @@ function at(slot) {
     case "backoff": return `tries again in ${took(Math.max(0, slot.retry_in_seconds ?? 0))}`;
     case "failed": return "could not become ready";
     case "draining": return `finishing ${plural(slot.requests_in_flight ?? 0, "request")}`;
-    case "ready": return slot.heartbeat_age_seconds > SILENT_S ? `not heard of for ${age(slot.heartbeat_age_seconds)}` : booted(slot);
+    case "ready": return silent(slot) ? `not heard of for ${age(slot.heartbeat_age_seconds)}` : booted(slot);
     case "empty": return "no process";
     default: return "starting";
   }
 }
 
+const silent = (slot) => slot.heartbeat_age_seconds > SILENT_S;
+const bootStages = (slot) => Object.entries(slot.stage_seconds ?? {}).filter(([name, seconds]) => name !== "import" && seconds >= 0.0005);
+const bootSeconds = (slot) => bootStages(slot).reduce((sum, [, seconds]) => sum + seconds, 0);
+
 function booted(slot) {
-  const stages = Object.entries(slot.stage_seconds ?? {}).filter(([name, seconds]) => name !== "import" && seconds >= 0.0005);
-  return stages.map(([name, seconds]) => `${STAGES[name] ?? name} ${took(seconds)}`).join(" · ");
+  return bootStages(slot).map(([name, seconds]) => `${STAGES[name] ?? name} ${took(seconds)}`).join(" · ");
 }
 
 /** Memory of a worker by part: on a device what it holds there, else its own and its share of what is shared. */
@@ -188,7 +191,7 @@ function detail(line) {
     node,
     update(slot) {
       const bad = Boolean(slot.failures || slot.last_error);
-      set(text, "class", bad && slot.state !== "ready" ? "hint bad" : "hint");
+      set(text, "class", bad && tone(slot.state) === "failed" ? "hint bad" : "hint");
       say(text, hint(slot));
       facts(list1, rows(slot));
       show(error, Boolean(slot.last_error));

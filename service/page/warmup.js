@@ -39,8 +39,9 @@ function shapeLine() {
       list(curve, passes.map((seconds, index) => ({ seconds, index, worst, step })), (pass) => pass.index, column);
       say(name, `${shape.texts} × ${shape.tokens}`);
       set(name, "title", `${plural(shape.texts, "text")} of ${plural(shape.tokens, "token")}`);
-      const settled = shape.converged ? `settled at ${took(shape.steady_s)}` : shape.converged === false ? `not settled, ${took(shape.steady_s)}` : "warming";
-      say(figures, `${took(shape.first_s)} → ${settled}`);
+      const settled = shape.converged ? "settled" : shape.steady_s ? plural(passes.length, "pass", "passes") : "so far";
+      const last = passes.length > 1 ? ` → ${took(shape.steady_s || passes.at(-1))}` : "";
+      say(figures, `${took(shape.first_s)}${last}, ${settled}`);
       set(curve, "aria-label", `${plural(shape.texts, "text")} of ${plural(shape.tokens, "token")}: passes took ${passes.map(took).join(", ")}; ${settled}`);
     },
   };

@@ -7,6 +7,7 @@ from typing import Any
 
 Document = dict[str, Any]
 
+TIMES = "\N{MULTIPLICATION SIGN}"
 GIB, MIB = 1 << 30, 1 << 20
 EDGES = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0]
 STAGES = ("tokenize", "queue", "forward", "encode", "total")
@@ -291,13 +292,13 @@ def document(
 
 
 def booting(at: float) -> Document:
-    """Four slots `at` seconds into a boot: one is warming, two load, one waits; no memory was measured yet."""
+    """Four slots `at` seconds into a boot: one warms up, two load, one waits; no memory was measured yet."""
     warming = slot(
         0,
         "warming",
         seconds_in_state=at - 8.7,
         progress=min(0.95, (at - 8.7) / 6),
-        doing="64×512",
+        doing=f"64{TIMES}512",
         eta_seconds=8.0,
         warmup_seconds=None,
         boots=[boot(6.6, warmup=None, outcome="booting")],
@@ -321,5 +322,5 @@ def booting(at: float) -> Document:
         for n in (1, 2)
     ]
     found = document([warming, *loading, cold(3)], at=at, rooms=[], traffic=0)
-    found["fleet"]["verdict"] = "not serving: 0 of 4 ready, slot 0 is warming: batch 64×512, 8 s left"
+    found["fleet"]["verdict"] = f"not serving: 0 of 4 ready, slot 0 is warming: batch 64{TIMES}512, 8 s left"
     return found

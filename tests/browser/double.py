@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
@@ -27,14 +29,16 @@ class Double:
         make: returns the document of now.
         streams: whether `/events` is served, else 503.
         opened: how many streams were opened so far.
+        listening: how many streams are open.
         asked: how often `/status` was asked for.
     """
 
     def __init__(self, make: Callable[[], Document], *, prefix: str = "") -> None:
         self.make = make
         self.streams = True
-        self.opened = self.asked = 0
+        self.opened = self.listening = self.asked = 0
         self.leave = threading.Event()
+        self._lock = threading.Lock()
         self._prefix = prefix
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
@@ -67,6 +71,18 @@ class Double:
             self._server.server_close()
             self._server = None
 
+    def end_streams(self) -> None:
+        """End every stream, as a worker does that goes; the next ones are served."""
+        self.leave.set()
+        self.leave = threading.Event()
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 45.0) -> None:
+        """Wait until the browser has done something."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, f"not within {timeout:g} s"
+            time.sleep(0.02)
+
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         double = self
 
@@ -74,12 +90,10 @@ class Double:
             def log_message(self, *_: Any) -> None:
                 pass
 
-            def do_GET(self) -> None:  # noqa: N802 - http.server calls it so
+            def do_GET(self) -> None:
                 path = urlsplit(self.path).path.removeprefix(double._prefix)
-                try:
+                with contextlib.suppress(ConnectionError):  # the browser has left
                     double._answer(self, path)
-                except ConnectionError:
-                    pass
 
         return Handler
 
@@ -99,8 +113,18 @@ class Double:
     def _stream(self, handler: BaseHTTPRequestHandler) -> None:
         if not self.streams:
             return send(handler, 503, b"", {"retry-after": "2"})
-        self.opened += 1
         leave = self.leave
+        with self._lock:
+            self.opened += 1
+            self.listening += 1
+        try:
+            self._tell(handler, leave)
+        finally:
+            with self._lock:
+                self.listening -= 1
+        return None
+
+    def _tell(self, handler: BaseHTTPRequestHandler, leave: threading.Event) -> None:
         handler.send_response(200)
         handler.send_header("content-type", "text/event-stream")
         handler.end_headers()
@@ -109,7 +133,6 @@ class Double:
             handler.wfile.write(f"event: status\ndata: {json.dumps(self.make())}\n\n".encode())
             handler.wfile.flush()
             leave.wait(TICK_S)
-        return None
 
 
 def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
