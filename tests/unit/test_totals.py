@@ -116,9 +116,7 @@ def test_a_file_that_grows_is_followed(tmp_path: Path, count: Count) -> None:
         count("texts_total", 1, slot=step)
         found = totals.read()
         seen.append((found["texts"], found["requests"]))
-    assert seen == [
-        (2 * n, dict.fromkeys([str(200 + step) for step in range(n)], 1)) for n in range(1, 5)
-    ]
+    assert seen == [(2 * n, dict.fromkeys([str(200 + step) for step in range(n)], 1)) for n in range(1, 5)]
 
 
 def test_a_file_of_many_pages_is_read_whole(tmp_path: Path, count: Count) -> None:

@@ -44,7 +44,7 @@ READY = [worker(slot) for slot in range(4)]
         (say(READY[0]), "serving: 1 of 1 ready"),
         (
             say(READY[0], READY[1], WARMING, READY[3], etas={2: 8.4}),
-            "serving: 3 of 4 ready, slot 2 is warming: batch 64×512, 8 s left",
+            "serving: 3 of 4 ready, slot 2 is warming: batch 64\N{MULTIPLICATION SIGN}512, 8 s left",
         ),
         (
             say(worker(0, State.LOADING), worker(1, State.WAITING), was_ready=False, etas={0: 3.0}),
@@ -125,12 +125,12 @@ def test_every_state_has_its_words_and_the_sentence_stays_short(state: State, er
     ("doing", "expected"),
     [
         ("", ""),
-        ("batch 2x256, round 3", "2×256"),
+        ("batch 2x256, round 3", "2\N{MULTIPLICATION SIGN}256"),
         ("reading weights", "reading weights"),
     ],
 )
 def test_a_shape_is_written_as_people_write_it(doing: str, expected: str) -> None:
-    """Texts × tokens; other words stay."""
+    """Texts times tokens; other words stay."""
     assert shape_of(doing) == expected
 
 
