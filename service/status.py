@@ -11,7 +11,7 @@ import os
 import platform
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ class Status:
     slot: int
     listeners: Mapping[str, list[socket.socket]]
     totals: Totals
+    _histories: dict[int, tuple[bytes, dict[str, Any]]] = field(default_factory=dict)
 
     def dump(self) -> bytes:
         """Return the document as JSON on one line."""
@@ -73,8 +74,7 @@ class Status:
             "service": self._service(moment, began),
             "fleet": self._fleet(fleet.readiness(every), records, etas, moment),
             "slots": [
-                slot_document(record, moment, eta=etas[record.slot])
-                | history_document(fleet, record.slot, began)
+                slot_document(record, moment, eta=etas[record.slot]) | self._history(record.slot, began)
                 for record in records
             ],
             "budget": budget_document(fleet, records),
@@ -123,6 +123,19 @@ class Status:
             "was_ready": bool(header.was_ready),
         }
 
+    def _history(self, slot: int, began: float) -> dict[str, Any]:
+        """Return what a slot keeps of its workers; as it was last time, if none of its bytes has changed."""
+        history = self.fleet.board.rows[slot].history
+        seen = bytes(history)
+        before, document = self._histories.get(slot, (b"", {}))
+        if seen != before:
+            document = {
+                "boots": [boot_document(boot, began) for boot in history.boots()],
+                "warmup": [shape_document(shape) for shape in history.warmup()],
+            }
+            self._histories[slot] = seen, document
+        return document
+
 
 @cache
 def versions() -> dict[str, str]:
@@ -160,15 +173,6 @@ def slot_document(record: SlotRecord, moment: float, *, eta: float | None) -> di
         "failures": record.failures,
         "failures_by_reason": {why: count for why, count in record.failures_by_reason.items() if count},
         "last_error": {"state": record.error_state, "text": record.error} if record.error else None,
-    }
-
-
-def history_document(fleet: Fleet, slot: int, began: float) -> dict[str, Any]:
-    """Return what a slot keeps of its workers, times counted from the service's beginning."""
-    history = fleet.board.rows[slot].history
-    return {
-        "boots": [boot_document(boot, began) for boot in history.boots()],
-        "warmup": [shape_document(shape) for shape in history.warmup()],
     }
 
 

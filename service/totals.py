@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,20 +45,24 @@ BY_SLOT = {name: key for key, name in SUMS.items() if key in ("texts", "tokens")
 BOUNDS = (*SECONDS, float("inf"))
 
 
-@dataclass(frozen=True)
-class Key:
-    """What an entry counts: its name in the files, the slot's number, the other labels' values by name."""
+@dataclass(frozen=True, eq=False)  # compared by identity, which is fast: each is made once
+class Series:
+    """What entries of any slot count: a name in the files, and the values of its labels, by their names."""
 
     name: str
-    slot: str
     labels: tuple[str, ...]
 
-    @classmethod
-    def parse(cls, text: str) -> Key:
-        """Read the key of an entry, which is JSON."""
-        _, name, labels, _ = json.loads(text)
-        others = tuple(value for label, value in sorted(labels.items()) if label != "slot")
-        return cls(name, labels["slot"].removeprefix("s"), others)
+
+def _series(key: str) -> tuple[str, Series]:
+    """Read the key of an entry, which is JSON: the slot's number, and the series."""
+    _, name, labels, _ = json.loads(key)
+    slot = labels.pop("slot").removeprefix("s")
+    return slot, _once(name, tuple(value for _, value in sorted(labels.items())))
+
+
+@cache
+def _once(name: str, labels: tuple[str, ...]) -> Series:
+    return Series(name, labels)
 
 
 @dataclass
@@ -68,7 +73,8 @@ class CounterFile:
         path: of the file.
         inode: a worker that finds its file damaged drops it and begins another.
         used: bytes of it; more once there is a new entry.
-        keys: of the entries.
+        slot: that it belongs to.
+        series: of the entries.
         places: of their values, in doubles.
         values: read last.
         lost: what the files counted that were there before.
@@ -77,10 +83,11 @@ class CounterFile:
     path: Path
     inode: int = 0
     used: int = 0
-    keys: list[Key] = field(default_factory=list)
+    slot: str = ""
+    series: list[Series] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
-    lost: Counter[Key] = field(default_factory=Counter)
+    lost: Counter[Series] = field(default_factory=Counter)
 
     def read(self) -> None:
         """Look at the file again.
@@ -98,12 +105,15 @@ class CounterFile:
                 self.values = [doubles[place] for place in self.places]
                 return
         entries = list(MmapedDict.read_all_values_from_file(str(self.path)))
-        keys = [Key.parse(key) for key, *_ in entries]
+        known = self.series if inode == self.inode else []
+        added = [_series(key) for key, *_ in entries[len(known) :]]
         if self.path.stat().st_ino != inode:
             return  # replaced a moment ago: the next look finds it as it is
         if inode != self.inode:
-            self.lost.update(dict(zip(self.keys, self.values, strict=True)))
-        self.inode, self.used, self.keys = inode, used, keys
+            self.lost.update(dict(zip(self.series, self.values, strict=True)))
+        self.inode, self.used = inode, used
+        self.slot = added[0][0] if added else self.slot
+        self.series = [*known, *(series for _, series in added)]
         self.values = [value for _, value, *_ in entries]
         self.places = [place // 8 for *_, place in entries]
 
@@ -122,15 +132,15 @@ class Totals:
 
         A file that cannot be read counts what it did when it could: no sum ever falls.
         """
-        sums: defaultdict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
+        sums: defaultdict[Series, float] = defaultdict(float)
         by_slot: defaultdict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(BY_SLOT.values(), 0))
         with self._lock:
             for file in self._look():
-                for entries in (zip(file.keys, file.values, strict=True), file.lost.items()):
-                    for key, value in entries:
-                        sums[key.name, key.labels] += value
-                        if key.name in BY_SLOT:
-                            by_slot[key.slot][BY_SLOT[key.name]] += value
+                for entries in (zip(file.series, file.values, strict=True), file.lost.items()):
+                    for series, value in entries:
+                        sums[series] += value
+                        if series.name in BY_SLOT:
+                            by_slot[file.slot][BY_SLOT[series.name]] += value
         return _document(sums) | {
             "by_slot": {
                 slot: {name: whole(value) for name, value in by_slot[slot].items()}
@@ -148,14 +158,14 @@ class Totals:
         return list(self._files.values())
 
 
-def _document(sums: Mapping[tuple[str, tuple[str, ...]], float]) -> dict[str, Any]:
+def _document(sums: Mapping[Series, float]) -> dict[str, Any]:
     by_name: defaultdict[str, float] = defaultdict(float)
     requests: defaultdict[str, float] = defaultdict(float)
     counts = {stage: [0] * len(BOUNDS) for stage in STAGES}
     seconds = dict.fromkeys(STAGES, 0.0)
-    for (name, labels), value in sums.items():
-        by_name[name] += value
-        match name, labels:
+    for series, value in sums.items():
+        by_name[series.name] += value
+        match series.name, series.labels:
             case (n, (_, status)) if n == REQUESTS:  # endpoint, status
                 requests[status] += value
             case (n, (bound, stage)) if n == STAGE_BUCKET:  # le, stage
