@@ -21,6 +21,11 @@ TESTS = Path(__file__).parent
 FOLDERS = {"unit", "process", "browser", "chart", "image", "docs", "gpu", "model"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the pictures of the documentation be taken anew; a usual run leaves them as they are."""
+    parser.addoption("--screenshots", action="store_true", help="take the pictures of docs/images")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with the name of its folder, so that `-m unit` and `tests/unit` are the same."""
     for item in items:

@@ -47,8 +47,7 @@ function lineOf(slot, boot, service, last) {
   const first = boot.stages?.[0]?.at ?? end ?? now;
   const start = { kind: "start", from: 0, size: first - boot.began, title: `start ${took(first - boot.began)}` };
   const parts = [start, ...(boot.stages ?? []).map((stage) => {
-    const open = stage.seconds === null || stage.seconds === undefined;
-    const size = open ? Math.max(0, (end ?? now) - stage.at) : stage.seconds;
+    const size = stage.seconds ?? Math.max(0, (end ?? now) - stage.at);
     return { kind: stage.stage, from: Math.max(0, stage.at - boot.began), size, title: `${STAGES[stage.stage] ?? stage.stage} ${took(size)}` };
   })];
   const reach = Math.max(...parts.map((part) => part.from + part.size), (end ?? now) - boot.began);
@@ -82,7 +81,6 @@ function line(made) {
       const stages = one.parts.filter((part) => part.size > 0).map((part) => part.title).join(", ");
       track.update(one.parts, one.total, `${one.generation === undefined ? "the service" : `slot ${one.name}, boot ${one.generation}, ${one.when}`}: ${stages || "nothing yet"}; ${words}`);
       say(what, one.outcome === "ready" || !one.outcome ? took(one.seconds) : `${took(one.seconds)}, ${words}`);
-      what.title = one.when;
     },
   };
 }

@@ -76,7 +76,7 @@ function roomView() {
         ["worker", plural(many, "worker"), workers],
         ["free", "head-room", room.headroom_bytes],
         ["beyond", `limit ${percent(room.utilization)}`, room.limit_bytes],
-      ].filter((row) => row[2] !== null && row[2] !== undefined), (row) => row[0], (row) => {
+      ].filter((row) => (row[2] ?? null) !== null), (row) => row[0], (row) => {
         const [label, value] = [h("dt", { class: `key ${row[0]}` }), h("dd")];
         return { node: h("div", null, label, value), update: (one) => { say(label, one[1]); say(value, bytes(one[2])); } };
       });
@@ -92,6 +92,6 @@ function priced({ next_worker: next, headroom_bytes: room, fits }) {
   if (!next) return "";
   const parts = Object.entries(next.parts ?? {}).filter(([, size]) => size > 0).map(([part, size]) => `${NAMES[part] ?? part} ${bytes(size)}`).join(" + ");
   const answer = next.fits ? "it fits" : `it does not fit: ${bytes(Math.max(0, next.bytes - room))} short`;
-  const total = fits === null || fits === undefined ? "" : `; ${plural(fits, "worker")} fit in all`;
+  const total = (fits ?? null) === null ? "" : `; ${plural(fits, "worker")} fit in all`;
   return `One more worker needs ${bytes(next.bytes)}${parts ? ` (${parts})` : ""}: ${answer}${total}.`;
 }

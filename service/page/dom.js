@@ -56,33 +56,36 @@ export function list(parent, items, keyOf, make) {
 
 /** A bar of parts. `parts`: {from, size, kind, title}, in the unit of `total`; told to those who listen by `label`. */
 export function bar(className) {
-  const node = svg("svg", { class: `parts ${className ?? ""}`, role: "img" });
-  const update = (parts, total, label) => {
-    set(node, "aria-label", label);
-    const shown = parts.filter((part) => part.size > 0).map((part, index) => ({ ...part, index }));
-    list(node, shown, (part) => part.index, makePart);
-    function makePart() {
-      const title = svg("title");
-      const rect = svg("rect", { y: 0, height: "100%" }, title);
-      return {
-        node: rect,
-        update(part) {
-          set(rect, "class", part.kind);
-          set(rect, "x", percent(part.from / part.total));
-          set(rect, "width", percent(part.size / part.total));
-          say(title, part.title);
-        },
-      };
-    }
+  const node = svg("svg", { class: `parts ${className}`, role: "img" });
+  return {
+    node,
+    update(parts, total, label) {
+      set(node, "aria-label", label);
+      const shown = parts.filter((part) => part.size > 0).map((part, index) => ({ ...part, index, total }));
+      list(node, shown, (part) => part.index, piece);
+    },
   };
-  return { node, update: (parts, total, label) => update(parts.map((part) => ({ ...part, total })), total, label) };
 }
 
-const percent = (share) => `${(100 * Math.max(0, Math.min(1, Number.isFinite(share) ? share : 0))).toFixed(2)}%`;
+function piece() {
+  const title = svg("title");
+  const node = svg("rect", { height: "100%" }, title);
+  return {
+    node,
+    update({ kind, from, size, total, title: words }) {
+      set(node, "class", kind);
+      set(node, "x", percent(from / total));
+      set(node, "width", percent(size / total));
+      say(title, words);
+    },
+  };
+}
+
+const percent = (share) => `${(100 * Math.max(0, Math.min(1, share || 0))).toFixed(2)}%`;
 
 /** Figures with their names: rows of [name, value], an absent value leaves the row out. */
 export function facts(parent, rows) {
-  list(parent, rows.filter(([, value]) => value !== null && value !== undefined && value !== ""), ([name]) => name, ([name]) => {
+  list(parent, rows.filter(([, value]) => (value ?? "") !== ""), ([name]) => name, ([name]) => {
     const value = h("dd");
     return { node: h("div", null, h("dt", null, name), value), update: (row) => say(value, row[1]) };
   });

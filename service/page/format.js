@@ -4,7 +4,7 @@
 export const NONE = "–";
 const GROUPED = new Intl.NumberFormat("en-GB", { maximumFractionDigits: 0 });
 
-const missing = (value) => value === null || value === undefined || Number.isNaN(value);
+const missing = (value) => Number.isNaN(value ?? NaN);
 
 export function count(value) {
   return missing(value) ? NONE : GROUPED.format(value);

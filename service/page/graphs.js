@@ -64,7 +64,11 @@ function graph({ title, lines, format, least }) {
       show(cursor, pointed !== null);
       cursor.style.left = `${100 * (1 - (pointed ?? 0) / drawn.span)}%`;
       say(from, pointed === null ? `${age(drawn.span)} ago` : `${age(pointed)} ago`);
-      values.forEach(({ value }, i) => say(value, format((pointed === null ? last : at)[i])));
+      values.forEach(({ value }, i) => {
+        const number = (pointed === null ? last : at)[i];
+        say(value, format(number));
+        value.className = number ? "" : "nil";
+      });
       say(top, format(most));
       set(drawing.node, "aria-label", `${title}, the last ${age(drawn.span)}: ${lines.map(([name], i) => `${name} ${format(last[i])} now`.trim()).join(", ")}; the scale ends at ${format(most)}`);
     },
@@ -86,7 +90,7 @@ function plot(lines, least, height = HEIGHT) {
       const columns = lines.map(([, , read]) => points.map((point) => (point.gap ? null : read(point) ?? null)));
       const most = ceiling(Math.max(least, ...columns.flat().filter((value) => value !== null)));
       columns.forEach((values, i) => {
-        const runs = runsOf(points, values, { now, span, most, height });
+        const runs = !values.some(Boolean) ? [] : runsOf(points, values, { now, span, most, height });
         set(paths[i], "d", runs.map((run) => `M${run.join("L")}`).join("") || null);
         if (areas[i]) set(areas[i], "d", runs.map((run) => `M${run[0].split(" ")[0]} ${height}L${run.join("L")}L${run.at(-1).split(" ")[0]} ${height}Z`).join("") || null);
       });

@@ -22,7 +22,7 @@ export function update({ slots, fleet }, history) {
   }
   show(find("filter"), rows);
   const shown = rows && find("odd").checked ? slots.filter((slot) => slot.state !== "ready") : slots;
-  const most = Math.max(...slots.map((slot) => memoryParts(slot).reduce((sum, part) => sum + part.size, 0)), 1);
+  const most = Math.max(...slots.map((slot) => sizeOf(memoryParts(slot))), 1);
   const speeds = history.latest?.slots ?? {};
   const told = shown.map((slot) => ({ slot, most, speed: speeds[slot.slot] ?? (history.latest ? 0 : null), fleet }));
   root.lastChild.style.setProperty("--half", Math.ceil(shown.length / 2));
@@ -55,10 +55,10 @@ function card(item) {
       set(node, "data-tone", tone(slot.state));
       top.update(slot);
       doing.update(slot);
-      say(load, slot.state === "empty" ? "–" : count(slot.requests_in_flight ?? slot.load));
-      say(speed, slot.state === "empty" ? "–" : rate(texts));
+      say(load, count(slot.requests_in_flight ?? slot.load));
+      say(speed, rate(texts));
       const found = memoryParts(slot);
-      say(memory, found.length ? bytes(found.reduce((sum, part) => sum + part.size, 0)) : "–");
+      say(memory, bytes(sizeOf(found)));
       parts.update(lined(found), most, found.map((part) => part.title).join(", ") || "memory is not known yet");
       more.update(slot);
     },
@@ -84,8 +84,7 @@ function row(item) {
       doing.update(slot, slot.state === "ready" && !silent(slot) ? `boot took ${took(bootSeconds(slot))}` : at(slot));
       say(load.value, count(slot.requests_in_flight ?? slot.load));
       say(speed.value, rate(texts));
-      const found = memoryParts(slot);
-      say(memory.value, found.length ? bytes(found.reduce((sum, part) => sum + part.size, 0)) : "–");
+      say(memory.value, bytes(sizeOf(memoryParts(slot))));
       more.update(slot);
     },
   };
@@ -93,7 +92,7 @@ function row(item) {
 
 function stateOf() {
   const node = h("span", { class: "state" });
-  const since = h("span", { class: "since", title: "in this state since" });
+  const since = h("span", { class: "since" });
   return {
     node,
     since,
@@ -130,14 +129,14 @@ function doings() {
 
 /** The share of the stage that is done: as told, else by the time it took last. */
 function advance(slot) {
-  const left = slot.eta_seconds;
-  const timed = left === null || left === undefined ? null : slot.seconds_in_state / Math.max(0.001, slot.seconds_in_state + left);
+  const left = slot.eta_seconds ?? null;
+  const timed = left === null ? null : slot.seconds_in_state / Math.max(0.001, slot.seconds_in_state + left);
   const told = slot.state === "warming" ? slot.progress : null;
   return told || timed;
 }
 
 function at(slot) {
-  const left = slot.eta_seconds === null || slot.eta_seconds === undefined ? "" : `, ${took(slot.eta_seconds)} left`;
+  const left = (slot.eta_seconds ?? null) === null ? "" : `, ${took(slot.eta_seconds)} left`;
   switch (slot.state) {
     case "warming": return `warming ${slot.doing ?? "up"}${left}`;
     case "loading": return `${slot.doing ? `loading ${slot.doing}` : "loading the model"}${left}`;
@@ -156,7 +155,7 @@ const bootStages = (slot) => Object.entries(slot.stage_seconds ?? {}).filter(([n
 const bootSeconds = (slot) => bootStages(slot).reduce((sum, [, seconds]) => sum + seconds, 0);
 
 function booted(slot) {
-  return bootStages(slot).map(([name, seconds]) => `${STAGES[name] ?? name} ${took(seconds)}`).join(" · ");
+  return bootStages(slot).filter(([, seconds]) => seconds > 0.03 * bootSeconds(slot)).map(([name, seconds]) => `${STAGES[name] ?? name} ${took(seconds)}`).join(" · ");
 }
 
 /** Memory of a worker by part: on a device what it holds there, else its own and its share of what is shared. */
@@ -174,6 +173,8 @@ export function memoryParts({ memory_bytes: memory }) {
   const found = memory.device_context || memory.device_allocated ? device : host;
   return found.filter(([, , size]) => size > 0).map(([name, kind, size]) => ({ kind, size, title: `${name} ${bytes(size)}` }));
 }
+
+const sizeOf = (parts) => (parts.length ? parts.reduce((sum, part) => sum + part.size, 0) : null);
 
 function lined(parts) {
   let from = 0;
@@ -214,7 +215,6 @@ function rows(slot) {
     ["process", slot.pid],
     ["device", slot.device],
     ["generation", slot.generation],
-    ["epoch", slot.epoch],
     ["heartbeat", slot.heartbeat_age_seconds === null ? null : `${took(Math.max(0, slot.heartbeat_age_seconds))} ago`],
     ["boot", booted(slot)],
     ["queued", `${plural(slot.queued_texts ?? 0, "text")}, ${plural(slot.queued_tokens ?? 0, "token")}`],
