@@ -36,7 +36,7 @@ export function update({ service, fleet, slots, budget }) {
 }
 
 /** The model by the name that people call it: of a wheel its package, of a folder its last part. */
-export function modelName(model) {
+function modelName(model) {
   const name = String(model ?? "");
   if (name.startsWith("package:")) return name.slice(8).split("/")[0];
   return name.startsWith("/") ? name.split("/").filter(Boolean).at(-1) : name;
