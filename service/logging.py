@@ -132,7 +132,7 @@ def _complete(record: logging.LogRecord) -> None:
     try:
         record.message = record.getMessage()
     except Exception:  # noqa: BLE001 - logging would print a traceback of its own, in no format
-        record.msg, record.args = f"{record.msg} {_text(record.args)}".replace("%", "%%"), ()
+        record.msg, record.args = f"{record.msg} {_text(record.args)}", ()
         record.message = str(record.msg)
 
 

@@ -56,13 +56,12 @@ class Reception:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on, and note what became of it."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or REHEARSAL in scope.get("state", ()):
             await self._app(scope, receive, send)
             return
         began, status, size, spans = time.perf_counter(), CLIENT_GONE, 0, self.spans
         headers = dict(scope["headers"])
-        is_counted = REHEARSAL not in scope.get("state", ())
-        trail = arrive(headers, spans.ratio if spans and is_counted else None)
+        trail = arrive(headers, spans.ratio if spans else None)
         TRAIL.set(trail)  # and left so: the server, too, may have something to say of this request
         request_id = (b"x-request-id", trail.request_id.encode())
 
@@ -81,29 +80,28 @@ class Reception:
             status = 500
             raise
         finally:
-            if is_counted:
-                ended = time.perf_counter()
-                route = self._route(scope["path"])
-                self._count(route, status, ended - began)
-                if status >= self._least:
-                    ACCESS.info(LINE, _line(scope, headers, status, size, ended - began))
-                if spans is not None and (journey := trail.journey) is not None:
-                    spans.leave(
-                        Visit(
-                            journey,
-                            trail.request_id,
-                            scope["method"],
-                            _path(scope),
-                            route,
-                            scope.get("scheme", "http"),
-                            _client(scope),
-                            _printable(headers.get(b"user-agent", b"")),
-                            status,
-                            size,
-                            began,
-                            ended,
-                        )
+            ended = time.perf_counter()
+            route = self._route(scope["path"])
+            self._count(route, status, ended - began)
+            if status >= self._least:
+                ACCESS.info(LINE, _line(scope, headers, status, size, ended - began))
+            if spans is not None and (journey := trail.journey) is not None:
+                spans.leave(
+                    Visit(
+                        journey,
+                        trail.request_id,
+                        scope["method"],
+                        _path(scope),
+                        route,
+                        scope.get("scheme", "http"),
+                        _client(scope),
+                        _printable(headers.get(b"user-agent", b"")),
+                        status,
+                        size,
+                        began,
+                        ended,
                     )
+                )
 
 
 def _line(
@@ -123,7 +121,8 @@ def _line(
 
 def _path(scope: Scope) -> str:
     """Return the path as it was sent, without the query: what it encodes cannot break a line."""
-    return _printable(scope.get("raw_path") or scope["path"].encode())
+    raw = (scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0]
+    return _printable(raw) if raw.startswith(b"/") else "-"  # what a proxy is asked for may hold a password
 
 
 def _client(scope: Scope) -> str | None:

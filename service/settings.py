@@ -500,8 +500,6 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         if self.backend in ("onnx", "openvino"):
             self._check_exported()
-        if self.otlp_endpoint and self.otlp_headers:
-            check_headers(self.otlp_headers.get_secret_value())
         if self.drain_grace >= self.graceful_timeout:
             msg = f"drain_grace {self.drain_grace} must be below graceful_timeout {self.graceful_timeout}"
             raise ValueError(msg)
@@ -516,6 +514,13 @@ class Settings(BaseSettings):
                 f"max_workers {self.max_workers} caps workers=auto only; workers is {self.workers}, drop one"
             )
             raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def check_otlp_headers(self) -> Settings:
+        """Refuse what cannot be sent, if anything is; the variable may be there for others."""
+        if self.otlp_endpoint and self.otlp_headers:
+            check_headers(self.otlp_headers.get_secret_value())
         return self
 
     @property
@@ -606,7 +611,8 @@ def explain(problem: ErrorDetails) -> str:
     variable = str(problem["loc"][0])
     field = next((f for n, f in Settings.model_fields.items() if variable in (n, *variables(n))), None)
     secret = field is not None and "Secret" in str(field.annotation)
-    value = "***" if secret else str(problem["input"]).replace("\n", "\\n")
+    given = re.sub(r"//[^/]*@", "//***@", str(problem["input"]))  # the password in a URL
+    value = "***" if secret else given.replace("\n", "\\n")
     return f"{variable}={value}: {text}"
 
 
