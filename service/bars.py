@@ -75,4 +75,4 @@ class SlotBars(Progress):
 
 
 def _fit(text: str) -> str:
-    return escape(" ".join(text.split())[:LONGEST])
+    return escape("".join(mark if mark.isprintable() else " " for mark in text)[:LONGEST])

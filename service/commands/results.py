@@ -115,7 +115,7 @@ def conclude(
         version: likewise.
     """
     ordered = sorted(log.took)
-    within = bisect_left(sorted(log.at), log.seconds) if log.seconds else 0
+    within = sum(at <= log.seconds for at in log.at)
     rate = within / log.seconds if log.seconds else 0.0
     cpu = log.cpu_s / log.seconds if log.seconds else 0.0
     names = {LOST: "lost"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from rich.table import Table
 from rich.text import Text
 
 from service.budget import size
@@ -13,6 +12,7 @@ from service.lifecycle import State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     Document = Mapping[str, Any]
     Row = Mapping[str, Any]
@@ -31,6 +31,9 @@ FILLS: Final = {"others": ("░", "bright_black"), "shared": ("▒", "cyan"), "w
 FREE: Final = ("·", "bright_black")
 LEGEND: Final = "░ others  ▒ shared by the workers  █ workers  · free  blank: kept free"
 MINUTE, HOUR, DAY = 60, 3600, 86400
+GAP: Final = "  "
+PLACE = 6
+"""Of the column of texts a second: behind the load."""
 TROUBLED: Final = (State.FAILED.label, State.BACKOFF.label)
 
 
@@ -73,17 +76,22 @@ def number(count: float) -> str:
     return f"{count:.2f}"
 
 
+def plain(text: str) -> str:
+    """Return a text of the service as one line without control characters: it goes to somebody's terminal."""
+    return "".join(mark if mark.isprintable() else " " for mark in text)
+
+
 def verdict(document: Document) -> Text:
     """Return the sentence that says how the fleet is."""
     fleet = document["fleet"]
-    return Text(fleet["verdict"], style=f"bold {colour(fleet['status'])}")
+    return Text(plain(fleet["verdict"]), style=f"bold {colour(fleet['status'])}")
 
 
 def about(document: Document) -> str:
     """Return what is served, by what, and for how long."""
     service = document["service"]
     revision = f" at {service['revision']}" if service.get("revision") else ""
-    return (
+    return plain(
         f"{service['model']}{revision} · {service['backend']} on {service['device']} · "
         f"up {age(service['uptime_seconds'])} · arbiter {service['arbiter_pid']} on {service['host']} · "
         f"API {service['api']}"
@@ -118,7 +126,7 @@ def remark(row: Row) -> str:
         parts.append(f"{age(row['eta_seconds'])} left")
     if row.get("last_error"):
         parts.append(f"last error while {row['last_error']['state']}: {row['last_error']['text']}")
-    return ", ".join(parts)
+    return plain(", ".join(parts))
 
 
 def state(row: Row) -> Text:
@@ -128,31 +136,51 @@ def state(row: Row) -> Text:
     return Text(label + share, style=colour(label))
 
 
-def slots(rows: Sequence[Row], texts: Mapping[str, float] | None = None) -> Table:
-    """Return a row for each slot; with `texts`, a column of texts a second by slot."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("slot", "state", "age", "device", "gen", "load"):
-        made.add_column(head, no_wrap=True, justify="right" if head in ("slot", "gen", "load") else "left")
-    if texts is not None:
-        made.add_column("texts/s", no_wrap=True, justify="right")
-    made.add_column("memory", no_wrap=True, justify="right")
-    made.add_column("failures", no_wrap=True)
-    made.add_column("doing, last error", overflow="ellipsis", no_wrap=True, ratio=1)
+def slots(rows: Sequence[Row], texts: Mapping[str, float] | None = None) -> list[Text]:
+    """Return a line of heads and one for each slot; with `texts`, a column of texts a second by slot."""
+    heads = ["slot", "state", "age", "device", "gen", "load", "memory", "failures", "doing, last error"]
+    right = {"slot", "gen", "load", "texts/s", "memory"}
+    table = [[Text(head, style="bold") for head in heads]]
     for row in rows:
         style = "red" if row["state"] in TROUBLED else "bright_black"
-        made.add_row(
-            str(row["slot"]),
+        line = [
+            Text(str(row["slot"])),
             state(row),
-            age(row["seconds_in_state"]),
-            row["device"] or "-",
-            str(row["generation"]),
-            str(row["load"]),
-            *([] if texts is None else [number(texts.get(str(row["slot"]), 0.0))]),
-            memory(row),
-            failures(row),
+            Text(age(row["seconds_in_state"])),
+            Text(plain(row["device"] or "-")),
+            Text(str(row["generation"])),
+            Text(str(row["load"])),
+            Text(memory(row)),
+            Text(failures(row)),
             Text(remark(row), style=style),
-        )
-    return made
+        ]
+        table.append(line)
+    if texts is not None:
+        rates = [number(texts.get(str(row["slot"]), 0.0)) for row in rows]
+        heads.insert(PLACE, "texts/s")
+        for line, rate in zip(table, [Text("texts/s", style="bold"), *map(Text, rates)], strict=True):
+            line.insert(PLACE, rate)
+    return aligned(table, {nth for nth, head in enumerate(heads) if head in right})
+
+
+def aligned(table: Sequence[Sequence[Text]], right: AbstractSet[int]) -> list[Text]:
+    """Return the rows as lines with columns; nothing is cut, and nothing follows the last column.
+
+    Args:
+        table: rows of as many cells.
+        right: columns that end, rather than begin, at one place.
+    """
+    widths = [max(cell.cell_len for cell in column) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        made = Text()
+        for nth, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            gap = Text(" " * (width - cell.cell_len))
+            made += gap + cell if nth in right else cell + gap
+            made.append(GAP)
+        made.rstrip()
+        lines.append(made)
+    return lines
 
 
 def budget(document: Document) -> str:

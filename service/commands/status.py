@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
-from service.commands.showing import about, budget, number, slots, verdict
+from service.commands.showing import about, budget, number, plain, slots, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,21 +21,17 @@ WIDTH = 160
 
 
 def console_for(stream: TextIO) -> Console:
-    """Return a console that wraps at the terminal's width, or at ours where there is none."""
+    """Return a console that colours what goes to a terminal, and cuts and wraps nothing elsewhere."""
     return Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False)
 
 
 def show(document: Document, console: Console) -> None:
     """Print the document for people: the verdict, what is served, a row for each slot, budget and totals."""
-    console.print(verdict(document))
+    lines = [verdict(document), Text(about(document)), Text(), *slots(document["slots"]), Text()]
     if document["service"].get("warning"):
-        console.print(document["service"]["warning"], style="yellow", markup=False)
-    console.print(about(document), markup=False)
-    console.print()
-    console.print(slots(document["slots"]))
-    console.print()
-    console.print(f"budget: {budget(document)}", markup=False)
-    console.print(totals(document), markup=False)
+        lines.insert(1, Text(plain(document["service"]["warning"]), style="yellow"))
+    for line in [*lines, Text(f"budget: {budget(document)}"), Text(totals(document))]:
+        console.print(line, soft_wrap=True)
 
 
 def totals(document: Document) -> str:

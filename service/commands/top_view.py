@@ -7,12 +7,12 @@ rate: between the oldest and the newest of them. A restart empties the window.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from service.commands.figures import Figures, between, same_life
@@ -20,10 +20,12 @@ from service.commands.showing import (
     LEGEND,
     about,
     age,
+    aligned,
     bar,
     budget,
     duration,
     number,
+    plain,
     room_words,
     slots,
     verdict,
@@ -121,32 +123,25 @@ def screen(watch: Watch, now: float, width: int, height: int) -> RenderableType:
         said = f"asking {watch.address}" if watch.answers else f"{nobody(watch.address)} Trying again."
         return Group(Text(said, style="yellow"), Text(KEYS, style="bright_black"))
     figures = watch.figures
-    above: list[RenderableType] = [
-        _line(heading(watch, now), width),
-        _line(verdict(document), width),
-        _line(Text(about(document), style="bright_black"), width),
-    ]
+    above = [heading(watch, now), verdict(document), Text(about(document), style="bright_black")]
     if document["service"].get("warning"):
-        above.append(_line(Text(document["service"]["warning"], style="yellow"), width))
-    above += [Text(), *(_line(line, width) for line in traffic(figures, watch.history, width)), Text()]
-    stages = _stages(figures)
-    memory = _memory(document, width)
-    fixed = len(above) + stages.row_count + 1 + 1 + len(memory) + 1 + 1 + 1
-    rows = document["slots"]
-    room = max(LEAST_SLOTS, height - fixed)
-    shown = fit(rows, room)
-    left = len(rows) - len(shown)
-    more = (
-        [_line(Text(f"and {left} more slots, all of them ready", style="bright_black"), width)]
-        if left
-        else []
-    )
-    if left and any(row["state"] != State.READY.label for row in rows if row not in shown):
-        more = [
-            _line(Text(f"and {left} more slots; a higher window shows them", style="bright_black"), width)
-        ]
-    texts = figures.by_slot if figures else {}
-    return Group(*above, stages, Text(), *memory, Text(), slots(shown, texts), *more)
+        above.append(Text(plain(document["service"]["warning"]), style="yellow"))
+    above += [Text(), *traffic(figures, watch.history, width), Text()]
+    below = [Text(), *_stages(figures), Text(), *_memory(document, width)]
+    between = workers(document["slots"], figures.by_slot if figures else {}, height - len(above) - len(below))
+    return Group(*(_line(line, width) for line in (*above, *between, *below)))
+
+
+def workers(rows: Sequence[Mapping[str, Any]], texts: Mapping[str, float], height: int) -> list[Text]:
+    """Return the slots as lines, as many as there is room for, and how many there are besides."""
+    shown = fit(rows, max(LEAST_SLOTS, height - 1))
+    left = [row for row in rows if row not in shown]
+    lines = slots(shown, texts)
+    if left:
+        calm = all(row["state"] == State.READY.label for row in left)
+        what = "all of them ready" if calm else "for which the window is too low"
+        lines.append(Text(f"and {len(left)} more slots, {what}", style="bright_black"))
+    return lines
 
 
 def heading(watch: Watch, now: float) -> Text:
@@ -183,7 +178,7 @@ def spark(values: Sequence[float], width: int) -> str:
     if not top:
         return ""
     steps = len(TICKS) - 1
-    return "".join(TICKS[-(-value * steps // top).__int__()] for value in last) + f" ≤ {number(top)}/s"
+    return "".join(TICKS[math.ceil(value * steps / top)] for value in last) + f" ≤ {number(top)}/s"
 
 
 def fit(rows: Sequence[Mapping[str, Any]], room: int) -> list[Mapping[str, Any]]:
@@ -203,30 +198,25 @@ def _line(text: Text, width: int) -> Text:
     return made
 
 
-def _stages(figures: Figures | None) -> Table:
+def _stages(figures: Figures | None) -> list[Text]:
     """Return median and 99th percentile of each stage of a request."""
-    made = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for head in ("stage", "p50", "p99", "mean", "requests"):
-        made.add_column(head, no_wrap=True, justify="left" if head == "stage" else "right", min_width=8)
+    heads = ("stage", "     p50", "     p99", "    mean", "requests")
+    table = [[Text(head, style="bold") for head in heads]]
     for name, stage in (figures.stages if figures else {}).items():
-        made.add_row(
-            name,
-            duration(stage.p50),
-            duration(stage.p99),
-            duration(stage.mean),
-            str(stage.count),
-            style="bold" if name == "total" else "",
-        )
-    return made
+        cells = (name, duration(stage.p50), duration(stage.p99), duration(stage.mean), str(stage.count))
+        table.append([Text(cell, style="bold" if name == "total" else "") for cell in cells])
+    return aligned(table, {1, 2, 3, 4})
 
 
-def _memory(document: Document, width: int) -> list[RenderableType]:
+def _memory(document: Document, width: int) -> list[Text]:
     """Return a bar for each memory, or why there is none yet."""
     rooms = document["budget"]["rooms"]
-    lines: list[RenderableType] = []
     names = max((len(room["name"]) for room in rooms), default=0)
-    for room in rooms:
-        line = Text(f"{room['name']:{names}}  ") + bar(room, min(BAR, max(8, width // 3)))
-        lines.append(_line(line.append(f"  {room_words(room)}"), width))
-    tail = f"{LEGEND}   {budget(document)}" if rooms else budget(document)
-    return [*lines, _line(Text(tail, style="bright_black"), width)]
+    lines = [
+        Text(f"{room['name']:{names}}  ")
+        + bar(room, min(BAR, max(8, width // 3)))
+        + Text(f"  {room_words(room)}")
+        for room in rooms
+    ]
+    tail = f"{budget(document)}   {LEGEND}" if rooms else budget(document)
+    return [*lines, Text(tail, style="bright_black")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from service.bars import SlotBars
 from service.commands.control import is_arbiter
-from service.commands.showing import remark
+from service.commands.showing import plain, remark
 from service.ops_client import nobody
 
 if TYPE_CHECKING:
@@ -121,5 +121,6 @@ def _tell_in_lines(console: Console, address: Address, said: list[Any], document
     fleet = document["fleet"] if document else {}
     step = (fleet.get("status"), fleet.get("ready_workers"), fleet.get("target_workers"))
     if said != [step] and not fleet.get("ready"):
-        console.print(fleet.get("verdict", f"nobody answers on {address}"), markup=False, soft_wrap=True)
+        verdict = plain(fleet.get("verdict", f"nobody answers on {address}"))
+        console.print(verdict, markup=False, soft_wrap=True)
     said[:] = [step]
