@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from service.commands.results import Bucket, Results
 
 BAR = 40
+WORDS: Final = {"lost": "lost"}
 EIGHTHS: Final = " ▏▎▍▌▋▊▉"
 
 
@@ -40,7 +41,12 @@ def show(results: Results, console: Console) -> None:
 def summary(results: Results) -> list[str]:
     """Return what was asked, and what was answered."""
     rates = f"{number(results.texts_per_second)} texts/s, {number(results.requests_per_second)} requests/s"
-    counts = ", ".join(f"{count} {status}" for status, count in results.statuses.items()) or "none"
+    counts = (
+        ", ".join(
+            f"{count} {WORDS.get(status, f'with {status}')}" for status, count in results.statuses.items()
+        )
+        or "none"
+    )
     return [f"{results.target}: {what(results)}", f"{rates}; replies: {counts}"]
 
 
@@ -87,7 +93,5 @@ def server(results: Results) -> str:
     mean = results.latency["mean"]
     within = sum(results.server.values())
     parts = ", ".join(f"{name} {duration(value)}" for name, value in results.server.items())
-    return (
-        f"of {duration(mean)} on average the service accounts for {duration(within)}, "
-        f"{within / mean:.0%} (Server-Timing: {parts}); the rest is HTTP, network and this client"
-    )
+    share = f"{duration(within)}, {within / mean:.0%}"
+    return f"of {duration(mean)} on average the service itself takes {share}: {parts}"

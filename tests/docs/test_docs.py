@@ -285,9 +285,12 @@ def test_relative_links_resolve(path: Path) -> None:
 
 
 def commands(path: Path) -> str:
-    """Return what a page shows as code."""
+    """Return what a page shows as code; of a transcript the commands, not what they print."""
     fence = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
     text = path.read_text(encoding="utf-8")
+    for transcript in re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        typed = [line for line in transcript.splitlines(keepends=True) if line.startswith("$ ")]
+        text = text.replace(transcript, "".join(typed))
     return "\n".join([*fence.findall(text), *re.findall(r"`([^`\n]+)`", fence.sub("", text))])
 
 

@@ -314,7 +314,7 @@ def test_bench_measures_and_saves(fleet: Service, tmp_path: Path) -> None:
     assert told["texts_per_second"] == pytest.approx(3 * told["requests_per_second"])
     assert 0.002 <= told["server"]["forward"] <= told["latency"]["mean"]
     assert list(told["server"]) == ["tokenize", "queue", "forward"]
-    assert f"replies: {replies} 200" in done.stdout
+    assert f"replies: {replies} with 200" in done.stdout
     for text in (done.stdout, data.read_text(), page.read_text()):
         assert "hunter2" not in text
     assert page.read_text().startswith("<!doctype html>")

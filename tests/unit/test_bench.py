@@ -168,10 +168,12 @@ def test_the_terminal_has_everything() -> None:
     lines = printed(results())
     assert lines[:2] == [
         "http://localhost:8000/embed: 4 clients for 2.0 s, 3 texts of 5 words in a request",
-        "150 texts/s, 50 requests/s; replies: 100 200",
+        "150 texts/s, 50 requests/s; replies: 100 with 200",
     ]
     assert sum(line.startswith("≤") for line in lines) == 20
-    assert "of 50.5 ms on average the service accounts for 13.0 ms, 26%" in "\n".join(lines)
+    assert "of 50.5 ms on average the service itself takes 13.0 ms, 26%: tokenize 1.0 ms, queue" in "\n".join(
+        lines
+    )
     assert lines[-1].startswith("! Only 100 replies")
 
 
