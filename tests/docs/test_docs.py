@@ -303,7 +303,7 @@ def test_commands_that_the_pages_show_exist(path: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
     for command, rest in re.findall(r"(?:^|[ $])warmfleet ([a-z]+)([^\n]*)", code, re.MULTILINE):
         assert command in cli.main.commands, f"warmfleet {command}"
-        options = {option for param in cli.main.commands[command].params for option in param.opts}
+        options = {"--help"} | {o for param in cli.main.commands[command].params for o in param.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= options, rest
     for script in re.findall(r"bench/\w+\.py", code):
         assert (ROOT / script).is_file(), script
