@@ -26,17 +26,20 @@ from service.api.openapi import document
 from service.api.steps import warm_engine
 from service.backends.base import Kind
 from service.errors import InvalidRequestError, RequestError
-from service.metrics import REHEARSAL, REQUESTS, STAGE_SECONDS
+from service.metrics import REQUESTS, STAGE_SECONDS
 from service.ops import reply
 from service.payloads import health_payload, ready_payload
+from service.reception import Reception
 from service.security import read_keys
+from service.trail import TRAIL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fastapi.telemetry import TelemetryConfig
     from prometheus_client import Counter, Histogram
     from starlette.requests import Request
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from service.api.endpoint import Endpoint
     from service.backends.base import Backend
@@ -44,14 +47,14 @@ if TYPE_CHECKING:
 
 UNKNOWN = "other"
 """Endpoint label of paths that do not exist: a scanner must not make label values."""
-CLIENT_GONE = 499
-"""Status label of requests that nobody waited for; nginx's number."""
 MODEL_PATH = "/v1/models/"
 
 READY_OPEN = ("status", "model", "warmup_seconds", "detail")
 READY_WITH_KEY = ("status", "ready_workers", "wanted_workers", "target_workers")
 """What `/ready` tells here without, and with, an API key set: errors in `detail` may hold paths."""
 
+NO_TELEMETRY: TelemetryConfig = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
+"""FastAPI's own would see only what goes its way, and make a second span of it."""
 EXPOSED = ("x-request-id", "server-timing", "retry-after", "x-shape", "x-dtype", "x-compute-tokens")
 """Headers of replies that a page of another origin may read."""
 
@@ -62,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     Raises:
         SettingsError: the API keys cannot be read.
     """
-    app = Api(title="warmfleet", version=__version__)
+    app = Api(title="warmfleet", version=__version__, telemetry=NO_TELEMETRY)
     state = app.state
     state.settings, state.keys, state.created = settings, read_keys(settings), int(time.time())
     state.fleet = state.slot = state.engine = None
@@ -82,8 +85,9 @@ def create_app(settings: Settings) -> FastAPI:
             expose_headers=EXPOSED,
         )
     else:
-        app.straight = {path: CountRequests(endpoint, app) for path, endpoint in posts.items()}
-    app.add_middleware(CountRequests, fastapi=app)
+        app.straight = posts
+    tally = Tally(app)
+    app.reception = Reception(app.answer, route=tally.route, count=tally, access_log=settings.access_log)
     app.described = document(endpoints, with_keys=bool(state.keys))
     return app
 
@@ -94,16 +98,22 @@ class Api(FastAPI):
     Attributes:
         straight: endpoints by the path to which they are posted; none where a middleware must see them.
         described: the OpenAPI document.
+        reception: the door through which every request comes.
     """
 
     straight: Mapping[str, ASGIApp] = MappingProxyType({})
     described: dict[str, Any]
+    reception: Reception
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document; FastAPI would describe only routes of its own making."""
         return self.described
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Come in by the door."""
+        await self.reception(scope, receive, send)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Go straight to an endpoint of the model, or FastAPI's way."""
         endpoint = self.straight.get(scope.get("path", ""))
         if endpoint is None or scope["type"] != "http" or scope["method"] != "POST":
@@ -199,7 +209,8 @@ def json_reply(payload: dict[str, Any]) -> Response:
 async def error_answer(request: Request, error: Exception) -> Response:
     """Answer in the dialect of the path."""
     problem = error if isinstance(error, RequestError) else InvalidRequestError(str(error))
-    status, headers, body = error_reply(request.url.path, problem)
+    trail = TRAIL.get()
+    status, headers, body = error_reply(request.url.path, problem, trail.request_id if trail else "")
     return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
 
@@ -213,45 +224,28 @@ async def no_route_answer(request: Request, error: Exception) -> Response:
 # Counting
 
 
-class CountRequests:
-    """ASGI wrapper: counts every reply by endpoint and status, and times the whole of it."""
+class Tally:
+    """Counts every reply by endpoint and status, and times the whole of it."""
 
-    def __init__(self, app: ASGIApp, fastapi: FastAPI) -> None:
-        """Wrap the app; `fastapi` says which slot this is."""
-        self._inner, self._state = app, fastapi.state
+    def __init__(self, fastapi: FastAPI) -> None:
+        """Count for an app, which says which slot this is."""
+        self._state = fastapi.state
         self._paths = {getattr(route, "path", "") for route in fastapi.routes}
-        self._counters: dict[tuple[str, int], Counter] = {}
+        self._counters: dict[tuple[str | None, int], Counter] = {}
         self._total: Histogram | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on, and note the status."""
-        if scope["type"] != "http" or REHEARSAL in scope.get("state", ()):
-            await self._inner(scope, receive, send)
-            return
-        began, status = time.perf_counter(), CLIENT_GONE
+    def route(self, path: str) -> str | None:
+        """Return the endpoint of a path; None if there is none."""
+        if path in self._paths:
+            return path
+        return f"{MODEL_PATH}{{model}}" if path.startswith(MODEL_PATH) else None
 
-        async def note_status(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._inner(scope, receive, note_status)
-        except Exception:
-            status = 500
-            raise
-        finally:
-            self._count(scope["path"], status, time.perf_counter() - began)
-
-    def _count(self, path: str, status: int, seconds: float) -> None:
+    def __call__(self, route: str | None, status: int, seconds: float) -> None:
         """Add to the two metrics; a child of them is looked up once, as that takes longer than adding."""
-        if path not in self._paths:
-            path = f"{MODEL_PATH}{{model}}" if path.startswith(MODEL_PATH) else UNKNOWN
-        counter = self._counters.get((path, status))
+        counter = self._counters.get((route, status))
         if counter is None or self._total is None:
             slot = f"s{self._state.slot}"
-            counter = self._counters[path, status] = REQUESTS.labels(slot, path, str(status))
+            counter = self._counters[route, status] = REQUESTS.labels(slot, route or UNKNOWN, str(status))
             self._total = STAGE_SECONDS.labels(slot, "total")
         counter.inc()
         self._total.observe(seconds)

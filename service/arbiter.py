@@ -15,7 +15,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from service import cpus, device, exits, fork_guard, metrics, preflight
+from service import cpus, device, exits, fork_guard, logging, metrics, preflight
 from service.budget import describe, line_of
 from service.cgroups import read_host
 from service.errors import SettingsError, WarmfleetError
@@ -23,7 +23,6 @@ from service.fleet import SPARE_SLOTS, Fleet
 from service.gpu_memory import read_devices
 from service.growth import resized
 from service.lifecycle import Failure, Stage
-from service.logging import get
 from service.planner import foresee, learn_from_oom
 from service.recall import Recall
 from service.scoreboard import FAILURES, now
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
     from service.worker import FleetWorker
 
-LOG = get()
+LOG = logging.get()
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 GUNICORN = {"max_requests": 0, "reload": False, "reuse_port": False, "preload_app": True, "daemon": False}
 """Options of Gunicorn's with which the fleet would lie or stop serving."""
@@ -160,9 +159,11 @@ def take_over(server: Arbiter) -> None:
 
     def stop_and_tell(graceful: bool = True) -> None:  # noqa: FBT001, FBT002 - Gunicorn's signature
         server.fleet.board.header.stopping = 1
+        logging.enter("stopping")
         stop(graceful)
 
     server.stop = stop_and_tell
+    logging.enter("running")
     server.handle_hup = lambda: roll(server)
     server.handle_usr2 = refuse_upgrade
     os.register_at_fork(before=_block_stops, after_in_parent=_unblock_stops, after_in_child=_default_stops)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from service.backends.base import Backend
     from service.fleet import Fleet
+    from service.metrics import Passed
     from service.settings import Settings
     from service.watchdog import Watchdog
 
@@ -51,6 +52,7 @@ def boot(
     device_lost: Callable[[str], None],
     worn_out: Callable[[str], None],
     shapes: ShapeHistogram,
+    passed: Passed | None = None,
 ) -> Engine:
     """Wait for the turn, load, warm, measure; return the engine of a warm model.
 
@@ -78,7 +80,7 @@ def boot(
     return Engine(
         backend,
         _limits(settings, result.max_batch_tokens, cuda=fleet.cuda),
-        observer=MetricsObserver(slot, board, shapes),
+        observer=MetricsObserver(slot, board, shapes, passed),
         watchdog=watchdog.forward,
         device_lost=device_lost,
         worn_out=worn_out,

@@ -10,6 +10,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -21,6 +22,7 @@ from service.inference import Inference
 from service.passes import BatchObserver, Passes
 from service.tickets import Entry, Ticket
 from service.token_budget import TokenBudget
+from service.trail import journey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -274,13 +276,8 @@ class Engine:
         def work() -> list[T]:
             return [one(item) for item in items if wanted]
 
-        loop = asyncio.get_running_loop()
-
-        async def look_up() -> list[T]:
-            return await loop.run_in_executor(self._lookup_thread, work)
-
         try:
-            return await self._in_time(look_up(), len(items), deadline)
+            return await self._in_time(_in_thread(self._lookup_thread, work), len(items), deadline)
         finally:
             wanted = False  # a thread cannot be cancelled, but need not go on
 
@@ -299,9 +296,13 @@ class Engine:
             raise
 
     async def _compute(self, job: Job) -> Result:
-        began = time.perf_counter()
+        began, traced = time.perf_counter(), journey()
+        if traced is not None:
+            traced.tokenizing, traced.texts = began, len(job.inputs)
         encodings = await self._tokenize(job)
         queued = time.perf_counter()
+        if traced is not None:
+            traced.queued, traced.tokens = queued, sum(map(len, encodings))
         ticket = await self._infer(encodings, job)
         if ticket.error is not None:
             raise ticket.error.with_traceback(None)  # requests that failed together share it
@@ -325,7 +326,7 @@ class Engine:
         encodings = (
             tokenize()
             if size + len(job.prompt) * len(job.inputs) <= INLINE_CHARACTERS
-            else await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, tokenize)
+            else await _in_thread(self._tokenizer_thread, tokenize)
         )
         limit = self.backend.max_tokens
         for index, encoding in enumerate(encodings):
@@ -366,7 +367,15 @@ class Engine:
             ticket.abandoned = True  # what is being computed has nobody to go to
             self.inference.discard(ticket)
             raise
+        finally:
+            if ticket.trail is not None and (traced := ticket.trail.journey) is not None:
+                traced.launched, traced.landed = ticket.began, ticket.ended
         return ticket
+
+
+async def _in_thread(thread: Executor, work: Callable[[], T]) -> T:
+    """Work in a thread for the current request: what it logs there has the request's ids."""
+    return await asyncio.get_running_loop().run_in_executor(thread, copy_context().run, work)
 
 
 def _finish(done: asyncio.Future[None]) -> None:

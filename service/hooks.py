@@ -6,12 +6,12 @@ from __future__ import annotations
 import faulthandler
 import functools
 import resource
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from service import arbiter, cpus, device, memory, metrics
+from service import arbiter, cpus, device, logging, memory, metrics
 from service.boot import boot
 from service.lifecycle import State
-from service.logging import get, set_slot
 from service.scoreboard import now
 
 if TYPE_CHECKING:
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from gunicorn.arbiter import Arbiter
 
+    from service.scoreboard import Scoreboard
     from service.worker import FleetWorker
 
-LOG = get()
+LOG = logging.get()
 
 
 def never_raises(hook: Callable[..., None]) -> Callable[..., None]:
@@ -37,9 +38,15 @@ def never_raises(hook: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
+def _state(board: Scoreboard, slot: int) -> str:
+    """Return where a slot's worker is at this moment, for its log."""
+    return State(board.rows[slot].state).label
+
+
 def nworkers_changed(server: Arbiter, new: int, old: int | None) -> None:
     """Arbiter: the earliest hook at start, before the preload import; later, every TTIN and TTOU."""
     if old is None:
+        logging.gather()
         arbiter.start(server)
     elif new != old:
         never_raises(arbiter.resize)(server, new, old)
@@ -59,6 +66,7 @@ def when_ready(server: Arbiter) -> None:
 def pre_fork(server: Arbiter, worker: FleetWorker) -> None:
     """Arbiter: the worker object exists; attributes set now are there in the child."""
     arbiter.place(server, worker)
+    logging.expect(worker.slot, partial(_state, server.fleet.board, worker.slot))
 
 
 def post_fork(server: Arbiter, worker: FleetWorker) -> None:
@@ -72,7 +80,7 @@ def post_fork(server: Arbiter, worker: FleetWorker) -> None:
         resource.RLIMIT_CORE, (0, 0)
     )  # a core with a model in it is huge, and holds the GPU's memory
     memory.go_before_the_arbiter()
-    set_slot(worker.slot)
+    logging.set_slot(worker.slot, partial(_state, board, worker.slot))
     metrics.adopt(worker.slot)
     device.pin(board.record(worker.slot).device)
     cpus.bind(server.fleet.cpu_set(worker.slot))
@@ -90,7 +98,9 @@ def post_worker_init(worker: FleetWorker) -> None:
         device_lost=worker.device_lost,
         worn_out=worker.worn_out,
         shapes=worker.upkeep.shapes,
+        passed=worker.spans.passed if worker.spans else None,
     )
+    logging.gather()  # of what the model has imported
 
 
 @never_raises

@@ -26,10 +26,13 @@ from service.errors import SettingsError
 from service.learned import ShapeHistogram
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from service.engine import Engine, Times
     from service.scoreboard import Scoreboard
+    from service.tickets import Entry
+
+    Passed = Callable[[Sequence[Entry], float, float, Exception | None], None]
 
 REHEARSAL = "warmfleet.rehearsal"
 """Key in the state of the request that nobody sent and nobody counts; its value is the engine to ask."""
@@ -87,7 +90,18 @@ PADDING = Counter("warmfleet_padding_tokens", "Tokens computed that no text has.
 OUT_OF_MEMORY = Counter(
     "warmfleet_out_of_memory", "Passes that the device had no room for.", ["slot"], registry=None
 )
+SPANS_EXPORTED = Counter(
+    "warmfleet_spans_exported", "Spans that the collector took.", ["slot"], registry=None
+)
+SPANS_DROPPED = Counter(
+    "warmfleet_spans_dropped",
+    "Spans that the collector will never get, by reason.",
+    ["slot", "reason"],
+    registry=None,
+)
 DROP_REASONS = ("abandoned", "deadline")
+SPAN_DROP_REASONS = ("full", "failed", "stopped")
+"""The queue was full, the collector did not take them, the worker ended first."""
 
 
 def open_directory(configured: str | None) -> Path:
@@ -192,9 +206,15 @@ class MetricsObserver(Observer):
     worker that is killed takes none along. Children are bound once, so an event costs microseconds.
     """
 
-    def __init__(self, slot: int, board: Scoreboard, shapes: ShapeHistogram | None = None) -> None:
+    def __init__(
+        self,
+        slot: int,
+        board: Scoreboard,
+        shapes: ShapeHistogram | None = None,
+        passed: Passed | None = None,
+    ) -> None:
         """Show the slot's series from the start; what warm-up found room for is the declared budget."""
-        name = f"s{slot}"
+        name, self._passed = f"s{slot}", passed
         self._name, self._row = name, board.rows[slot]
         self._row.declared_batch_tokens = self._row.max_batch_tokens
         self._texts, self._tokens = TEXTS.labels(name), TOKENS.labels(name)
@@ -241,6 +261,13 @@ class MetricsObserver(Observer):
         if computed > tokens:
             self._padding.inc(computed - tokens)
 
+    def passed(
+        self, entries: Sequence[Entry], began: float, ended: float, error: Exception | None = None
+    ) -> None:
+        """Tell whoever traces requests."""
+        if self._passed is not None:
+            self._passed(entries, began, ended, error)
+
     def out_of_memory(self, budget: int) -> None:
         """Count it, and publish the budget."""
         self._out_of_memory.inc()
@@ -249,6 +276,25 @@ class MetricsObserver(Observer):
     def recovered(self, budget: int) -> None:
         """Publish the budget."""
         self._row.max_batch_tokens = budget
+
+
+class SpanCounts:
+    """What becomes of spans, as counters of one slot."""
+
+    def __init__(self, slot: int) -> None:
+        """Show the slot's series from the start."""
+        self._name = f"s{slot}"
+        self._exported = SPANS_EXPORTED.labels(self._name)
+        for reason in SPAN_DROP_REASONS:
+            SPANS_DROPPED.labels(self._name, reason)
+
+    def exported(self, spans: int) -> None:
+        """Count what the collector took."""
+        self._exported.inc(spans)
+
+    def dropped(self, reason: str, spans: int) -> None:
+        """Count what it will never get."""
+        SPANS_DROPPED.labels(self._name, reason).inc(spans)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ from service.backends.base import PROBE_WORD, Cut, forward
 from service.errors import DeviceLostError, InferenceError, NonFiniteError, NotReadyError, OutOfMemoryError
 from service.logging import get
 from service.tickets import alive, by_request, deliver, halves
+from service.trail import followed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from service.errors import RequestError
     from service.tickets import Entry
     from service.token_budget import TokenBudget
+    from service.trail import Trail
 
 LOG = get()
 REPEATS = 3
@@ -36,6 +38,11 @@ REPEATS = 3
 
 class BatchObserver:
     """Told on the model thread what becomes of batches. Subclass and override; must be cheap."""
+
+    def passed(
+        self, entries: Sequence[Entry], began: float, ended: float, error: Exception | None = None
+    ) -> None:
+        """A pass with these texts was launched and has ended, by `time.perf_counter`, or has failed."""
 
     def batch(self, texts: int, tokens: int, computed: int, seconds: float) -> None:
         """A pass took so long for so many texts and tokens; `computed` counts padding too."""
@@ -89,11 +96,15 @@ class Passes:
     def launch(self, entries: list[Entry]) -> Flight:
         """Give a batch to the device; raises whatever the model's code raises."""
         began = time.perf_counter()
-        with self.watchdog(self.forward_timeout_s):
-            batch = self.backend.collate(
-                [entry.encoding for entry in entries], token_vectors=entries[0].token_vectors
-            )
-            return Flight(entries, self.backend.launch(batch), batch.texts, batch.tokens, began)
+        try:
+            with self.watchdog(self.forward_timeout_s):
+                batch = self.backend.collate(
+                    [entry.encoding for entry in entries], token_vectors=entries[0].token_vectors
+                )
+                return Flight(entries, self.backend.launch(batch), batch.texts, batch.tokens, began)
+        except Exception as error:
+            self.observer.passed(entries, began, time.perf_counter(), error)
+            raise
 
     def land(self, flight: Flight) -> Exception | None:
         """Wait for a batch and deliver its rows, or return what is wrong with it."""
@@ -104,11 +115,13 @@ class Passes:
                 rows = flight.pending.rows()
             _check(rows, tokens if entries[0].token_vectors else len(entries))
         except Exception as error:  # noqa: BLE001 - whatever the model's code raises
+            self.observer.passed(entries, flight.began, time.perf_counter(), error)
             return without_frames(error)
         free_since, self._landed_at = self._landed_at, time.perf_counter()
         seconds = self._landed_at - max(flight.began, free_since)  # not those behind the batch before it
         self.drained(flight.texts, seconds)
         self.observer.batch(flight.texts, tokens, flight.tokens, seconds)
+        self.observer.passed(entries, flight.began, self._landed_at)
         deliver(entries, rows)
         return None
 
@@ -132,7 +145,7 @@ class Passes:
                     work.extend(self._in_parts(pieces))
                     continue
                 if _is_bug(problem):
-                    bugs.add(problem)
+                    bugs.add(problem, part[0].owner.trail)
                 _fail(part, self._verdict(problem))
         finally:
             bugs.log()
@@ -228,18 +241,18 @@ class _Bugs:
     """What the model's code raised for the requests of one batch: told once, not once a request."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[type, str], tuple[Exception, int]] = {}
+        self._found: dict[tuple[type, str], tuple[Exception, list[Trail | None]]] = {}
 
-    def add(self, problem: Exception) -> None:
+    def add(self, problem: Exception, trail: Trail | None) -> None:
         """Count a request that ends with this."""
-        key = (type(problem), str(problem))
-        first, count = self._found.get(key, (problem, 0))
-        self._found[key] = first, count + 1
+        _, trails = self._found.setdefault((type(problem), str(problem)), (problem, []))
+        trails.append(trail)
 
     def log(self) -> None:
-        """Log each with its text, its traceback and the number of requests."""
-        for problem, count in self._found.values():
-            LOG.error("a forward pass failed for %d of its requests", count, exc_info=problem)
+        """Log each with its text, its traceback and the number of requests; of a single one with its ids."""
+        for problem, trails in self._found.values():
+            with followed(trails[0] if len(trails) == 1 else None):
+                LOG.error("a forward pass failed for %d of its requests", len(trails), exc_info=problem)
 
 
 def _is_bug(problem: Exception) -> bool:

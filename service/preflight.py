@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PACKAGES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
 """What a backend imports beyond torch's stack: to run a graph, and to export it."""
+OTLP_PACKAGE = "opentelemetry.proto"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def check(settings: Settings) -> Preflight:
     """
     security.read_keys(settings)
     _check_packages(settings.backend)
+    _check_traces(settings)
     _check_free(settings.bind, settings.ops_bind)
     folder = None
     if settings.backend != "stub":
@@ -111,6 +113,22 @@ def _check_packages(backend: str) -> None:
         msg = (
             f"backend {backend} needs {' and '.join(missing)}, not installed for {sys.executable}; "
             f"run `pip install 'warmfleet[{backend}]'` there"
+        )
+        raise SettingsError(msg)
+
+
+def _check_traces(settings: Settings) -> None:
+    """Refuse an endpoint without the package that knows how to talk to it."""
+    if settings.otlp_endpoint is None:
+        return
+    try:
+        spec = find_spec(OTLP_PACKAGE)
+    except ModuleNotFoundError:  # not even the package that it is part of
+        spec = None
+    if spec is None:
+        msg = (
+            f"otlp_endpoint needs {OTLP_PACKAGE}, not installed for {sys.executable}; "
+            "run `pip install 'warmfleet[otlp]'` there, or leave WARMFLEET_OTLP_ENDPOINT unset"
         )
         raise SettingsError(msg)
 

@@ -12,10 +12,10 @@ import gc
 import time
 from typing import TYPE_CHECKING
 
-from service import backends, device, download, models, preflight
+from service import backends, device, download, models, otlp, preflight
 from service.app import create_app
 from service.errors import WarmfleetError
-from service.logging import get
+from service.logging import gather, get
 from service.settings import load
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def application() -> FastAPI:
     gc.disable()  # an import leaves little garbage: without collections it takes a sixth less time
     began = time.monotonic()
     backend = backends.create(settings, folder, cuda=found.cuda)
+    if settings.otlp_endpoint:
+        otlp.load()
     imported = time.monotonic()
     if backend.preloadable and not found.cuda and settings.preload != "imports" and folder is not None:
         try:
@@ -50,6 +52,7 @@ def application() -> FastAPI:
         except WarmfleetError as error:  # the workers will fail alike, and tell on /ready
             LOG.error("the arbiter could not load the model: %s", error)  # noqa: TRY400 - a sentence will do
     faulthandler.cancel_dump_traceback_later()
+    gather()
     app.state.backend, app.state.problem, app.state.folder = backend, problem, folder
     app.state.import_seconds = imported - began
     app.state.preload_seconds = time.monotonic() - imported

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     AliasChoices,
@@ -31,6 +32,9 @@ MOST_WORKERS = 256
 
 # What Kubernetes injects for a Service whose name begins with "warmfleet"; never ours.
 SERVICE_LINK = re.compile(r"WARMFLEET_(.*_)?(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d+_(TCP|UDP|SCTP).*)$")
+
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+HEADER_VALUE = re.compile(r"[\t -~]*")
 
 Csv = Annotated[tuple[str, ...], NoDecode]
 
@@ -366,6 +370,31 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "log_level", "info", "Least level that is logged."
     )
+    access_log: Literal["off", "errors", "all"] = setting(
+        "access_log",
+        "off",
+        "Requests on the API listener that get a line: none (the metrics count them all), those answered "
+        "with 400 or more, or all.",
+    )
+    otlp_endpoint: str | None = setting(
+        "otlp_endpoint",
+        None,
+        "Collector to which traces go by OTLP over HTTP, such as `http://collector:4318`; wants the extra "
+        "`otlp`. Default: no traces.",
+    )
+    otlp_headers: SecretStr | None = setting(
+        "otlp_headers",
+        None,
+        "Headers for the collector, `name=value` with commas between, values percent-encoded.",
+        "OTEL_EXPORTER_OTLP_HEADERS",
+    )
+    otlp_sample: float = setting(
+        "otlp_sample",
+        1.0,
+        "Share of the requests to trace of which the client's `traceparent` has not decided.",
+        ge=0,
+        le=1,
+    )
     metrics_dir: str | None = setting(
         "metrics_dir",
         None,
@@ -437,6 +466,23 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         return value
 
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def check_endpoint(cls, value: str | None) -> str | None:
+        """Take an http(s) URL without credentials, which would be logged."""
+        if value is None:
+            return None
+        try:
+            url = urlsplit(value)
+            is_good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+            is_good = is_good and not (url.query or url.fragment or "@" in url.netloc)
+        except ValueError:
+            is_good = False
+        if not is_good or not value.isprintable():
+            msg = "write http(s)://host:port and nothing else; credentials go into otlp_headers"
+            raise ValueError(msg)
+        return value
+
     @model_validator(mode="after")
     def check_together(self) -> Settings:
         """Refuse combinations that cannot work."""
@@ -470,6 +516,13 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         return self
 
+    @model_validator(mode="after")
+    def check_otlp_headers(self) -> Settings:
+        """Refuse what cannot be sent, if anything is; the variable may be there for others."""
+        if self.otlp_endpoint and self.otlp_headers:
+            check_headers(self.otlp_headers.get_secret_value())
+        return self
+
     @property
     def first_workers(self) -> int:
         """Workers to start before anything is measured: the wanted number, or one scout."""
@@ -485,6 +538,39 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         if self.compile == "on":
             msg = f"compile is for backend torch, not {self.backend}; set one of the two to its default"
+            raise ValueError(msg)
+
+
+def pairs(text: str) -> dict[str, str]:
+    """Read `name=value,name=value` with percent-encoded values, as OpenTelemetry's variables have it.
+
+    Raises:
+        ValueError: a part is no pair; does not show it.
+    """
+    found = {}
+    for part in filter(str.strip, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            msg = "write name=value, with commas between several"
+            raise ValueError(msg)
+        found[name.strip()] = unquote(value.strip())
+    return found
+
+
+def check_headers(text: str) -> None:
+    """Refuse what cannot be sent, and show none of it.
+
+    Raises:
+        ValueError: it is no list of headers.
+    """
+    try:
+        found = pairs(text)
+    except ValueError as error:
+        msg = f"otlp_headers: {error}"
+        raise ValueError(msg) from None
+    for name, value in found.items():
+        if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value):
+            msg = "otlp_headers: a name or a value has characters that no header may have"
             raise ValueError(msg)
 
 
@@ -525,7 +611,8 @@ def explain(problem: ErrorDetails) -> str:
     variable = str(problem["loc"][0])
     field = next((f for n, f in Settings.model_fields.items() if variable in (n, *variables(n))), None)
     secret = field is not None and "Secret" in str(field.annotation)
-    value = "***" if secret else str(problem["input"]).replace("\n", "\\n")
+    given = re.sub(r"//[^/]*@", "//***@", str(problem["input"]))  # the password in a URL
+    value = "***" if secret else given.replace("\n", "\\n")
     return f"{variable}={value}: {text}"
 
 

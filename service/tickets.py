@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.trail import TRAIL
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
@@ -25,7 +27,7 @@ WASTE = 2
 class Ticket:
     """A request's place in the queue: collects its rows, and tells when all are there.
 
-    The model thread writes all but `abandoned`, which is the event loop's.
+    The model thread writes all but `abandoned` and `trail`, which are the event loop's.
 
     Attributes:
         rows: one array a text, in the order of the texts.
@@ -34,9 +36,10 @@ class Ticket:
         waiting: texts without a row.
         error: what made it fail.
         abandoned: nobody waits for it any more.
+        trail: ids of the request, if it is one.
     """
 
-    __slots__ = ("abandoned", "began", "ended", "error", "notify", "rows", "waiting")
+    __slots__ = ("abandoned", "began", "ended", "error", "notify", "rows", "trail", "waiting")
 
     def __init__(self, texts: int, notify: Callable[[Ticket], None]) -> None:
         """Wait for the rows of so many texts; `notify` is called on the model thread, once."""
@@ -45,6 +48,7 @@ class Ticket:
         self.began = self.ended = 0.0
         self.error: RequestError | None = None
         self.abandoned = False
+        self.trail = TRAIL.get()
         self.notify = notify
 
     @property

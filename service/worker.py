@@ -30,9 +30,11 @@ from service.gate import Gate
 from service.lifecycle import Failure, State
 from service.logging import get
 from service.ops import create_ops_app
+from service.reception import Reception
 from service.rehearsal import rehearse
 from service.scoreboard import now
 from service.slots import YOUNG_S, may_leave
+from service.span_export import Spans
 from service.status import Status
 from service.totals import Totals
 from service.upkeep import Upkeep
@@ -54,6 +56,8 @@ MEAN_GAIN = 0.2
 NOTIFY_S = 1.0
 GARBAGE = 10_000
 """New objects between two collections; at Python's 700 they took a tenth of the event loop's work."""
+FLUSH_S = 1.0
+"""For the last spans: a collector that is slow or gone delays no stop for longer."""
 SETTLE_S = 0.25
 """For the last accepted connections to send their request before a drain closes silent ones."""
 
@@ -72,6 +76,7 @@ class FleetWorker(UvicornWorker):
     fleet: Fleet
     slot: int
     engine: Engine
+    spans: Spans | None
 
     def init_process(self) -> None:
         """Move the `post_worker_init` hook aside: it loads and warms, and must not block the event loop."""
@@ -99,6 +104,7 @@ class FleetWorker(UvicornWorker):
             worn_out=self.worn_out,
             time=now(),
         )
+        self.spans = self.wsgi.reception.spans = Spans.of(self.fleet.settings, self.slot)
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.watchdog = Watchdog(self.fleet.board.rows[self.slot])
         await self._open_listeners()
@@ -107,6 +113,8 @@ class FleetWorker(UvicornWorker):
         await self._boot()
         await self._leave.wait()
         await self._drain()
+        if self.spans:
+            await asyncio.to_thread(self.spans.close, FLUSH_S)
         self.upkeep.learn()
         self._exit(0)
 
@@ -128,7 +136,7 @@ class FleetWorker(UvicornWorker):
         self._main.extra_load = lambda: self.wsgi.state.engine.extra_load if self.wsgi.state.engine else 0
         self._gate = gate
 
-        app = self._ops_app({"main": main, "ops": [ops]})
+        app = Reception(self._ops_app({"main": main, "ops": [ops]}))
         config = Config(app=app, log_config=None, timeout_keep_alive=5, timeout_graceful_shutdown=1, **HTTP)
         self._ops = GatedServer(config, [ops])
         for each in (self.config, config):

@@ -19,7 +19,7 @@ from service.api.steps import (
     LateBodyError,
     compute_type,
     read_body,
-    request_id_of,
+    request_id,
     send_reply,
     timeout_of,
     unless_gone,
@@ -75,27 +75,26 @@ class Endpoint(Generic[A]):
         """Answer a request, also one that fails."""
         began = time.perf_counter()
         given = dict(scope["headers"])
-        request_id = request_id_of(given.get(b"x-request-id", b""))
         with ExitStack() as held:  # permits: also what is written, and waits for its client, takes memory
             try:
                 status, headers, body = await self._answer(scope, receive, given, began, held)
             except ClientGone:
                 return
             except RequestError as error:
-                status, headers, body = error_reply(scope["path"], error, request_id.decode())
+                status, headers, body = error_reply(scope["path"], error, request_id())
                 if status == 500:  # noqa: PLR2004 - the other errors are counted, not logged
-                    LOG.error("request %s failed: %s", request_id.decode(), error)  # noqa: TRY400 - told where it arose
+                    LOG.error("request %s failed: %s", request_id(), error)  # noqa: TRY400 - told where it arose
                 if isinstance(error, LateBodyError):
                     headers.append((b"connection", b"close"))
             except Exception:
-                LOG.exception("request %s to %s failed", request_id.decode(), scope["path"])
-                message = f"an error of ours, not of the request (request {request_id.decode()})"
+                LOG.exception("request %s to %s failed", request_id(), scope["path"])
+                message = f"an error of ours, not of the request (request {request_id()})"
                 status, headers, body = 500, [JSON], error_body(scope["path"], 500, message, "backend")
-            headers += [(b"content-length", b"%d" % len(body)), (b"x-request-id", request_id)]
+            headers.append((b"content-length", b"%d" % len(body)))
             try:
                 await send_reply(send, status, headers, body, self.state.settings.request_timeout)
             except TimeoutError:
-                LOG.warning("request %s: its client did not take the reply in time", request_id.decode())
+                LOG.warning("request %s: its client did not take the reply in time", request_id())
 
     async def _answer(
         self, scope: Scope, receive: Receive, given: dict[bytes, bytes], began: float, held: ExitStack

@@ -109,7 +109,7 @@ async def off_loop_if_large(floats: int, encode: Callable[[], Encoded]) -> Encod
     """Encode here, or in a thread where it would hold up other requests."""
     if floats <= INLINE_FLOATS:
         return encode()
-    return await asyncio.get_running_loop().run_in_executor(None, encode)
+    return await asyncio.to_thread(encode)
 
 
 class Spent(NamedTuple):

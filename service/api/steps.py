@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a request around the model: id, engine, time limit, body, client, reply. Worker."""
+"""The steps of a request around the model: engine, time limit, body, client, reply. Worker."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import os
-import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.errors import DeadlineError, InvalidRequestError, NotReadyError, TooLargeError
 from service.metrics import REHEARSAL
 from service.slots import CPU
+from service.trail import TRAIL
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
@@ -28,7 +27,6 @@ WATCH_AFTER_S = 0.02
 """Only a request that takes longer is watched for a client that leaves: the watch costs a task."""
 PIECE_BYTES = 1 << 20
 """A reply is handed over in such pieces, the next when the client has taken most of the one before."""
-REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 
 class ClientGone(Exception):  # noqa: N818 - nobody's error
@@ -39,9 +37,10 @@ class LateBodyError(DeadlineError):
     """The body did not arrive in time; what may still come of it is not read."""
 
 
-def request_id_of(given: bytes) -> bytes:
-    """Take the client's own id if it is one, else make one that no other worker makes."""
-    return given if REQUEST_ID.fullmatch(given) else os.urandom(12).hex().encode()
+def request_id() -> str:
+    """Return the id of the request that is being answered; the door has chosen it."""
+    trail = TRAIL.get()
+    return trail.request_id if trail else "-"
 
 
 def warm_engine(state: State, scope: Scope) -> Engine:

@@ -285,9 +285,12 @@ def test_relative_links_resolve(path: Path) -> None:
 
 
 def commands(path: Path) -> str:
-    """Return what a page shows as code."""
+    """Return what a page shows as code; of a transcript the commands, not what they print."""
     fence = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
     text = path.read_text(encoding="utf-8")
+    for transcript in re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        typed = [line for line in transcript.splitlines(keepends=True) if line.startswith("$ ")]
+        text = text.replace(transcript, "".join(typed))
     return "\n".join([*fence.findall(text), *re.findall(r"`([^`\n]+)`", fence.sub("", text))])
 
 
@@ -300,7 +303,7 @@ def test_commands_that_the_pages_show_exist(path: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
     for command, rest in re.findall(r"(?:^|[ $])warmfleet ([a-z]+)([^\n]*)", code, re.MULTILINE):
         assert command in cli.main.commands, f"warmfleet {command}"
-        options = {option for param in cli.main.commands[command].params for option in param.opts}
+        options = {"--help"} | {o for param in cli.main.commands[command].params for o in param.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= options, rest
     for script in re.findall(r"bench/\w+\.py", code):
         assert (ROOT / script).is_file(), script

@@ -150,8 +150,8 @@ def test_an_app_that_is_in_no_worker_says_so_too(counters: Counters) -> None:
     """Between the fork and the first state there is no fleet to ask."""
     app = app_with(counters.slot)
     app.state.fleet = None
-    error = {"error": "no worker is warm yet", "error_type": "unhealthy"}
-    assert outcome(send(app, "GET", "/info")) == (503, error)
+    error = {"error": f"no worker is warm yet (request {ID})", "error_type": "unhealthy"}
+    assert outcome(send(app, "GET", "/info", headers={"x-request-id": ID})) == (503, error)
 
 
 PROTECTED = [

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import SettingsError
-from service.settings import Settings, explain, load, load_or_exit, table, variables
+from service.settings import Settings, explain, load, load_or_exit, pairs, table, variables
 
 FIELDS = Settings.model_fields
 SECRET = "hunter2-which-nobody-may-see"
@@ -23,6 +23,7 @@ ALIASES = {
     "hub_cache": ("HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"),
     "skip_warmup": ("SKIP_WARMUP",),
     "max_batch_tokens": ("MAX_BATCH_TOKENS",),
+    "otlp_headers": ("OTEL_EXPORTER_OTLP_HEADERS",),
     "max_batch_requests": ("MAX_BATCH_REQUESTS",),
     "compile_cache": ("TORCHINDUCTOR_CACHE_DIR",),
     "max_concurrent_requests": ("MAX_CONCURRENT_REQUESTS",),
@@ -205,6 +206,7 @@ def test_a_listener_is_host_and_port_or_a_socket(monkeypatch: pytest.MonkeyPatch
 WORKERS = "write a number of workers from 1 to 256, or auto"
 INTEGER = "Input should be a valid integer, unable to parse string as an integer"
 ADDRESS = "write host:port with a port from 1 to 65535, such as 127.0.0.1:8000 or [::1]:8000"
+URL = "write http(s)://host:port and nothing else; credentials go into otlp_headers"
 SHAPE = "is not a shape; write texts x tokens, such as 2x256"
 
 
@@ -246,6 +248,16 @@ SHAPE = "is not a shape; write texts x tokens, such as 2x256"
         ("warmup_shapes", "2x256,64", f"'64' {SHAPE}"),
         ("warmup_shapes", "0x8", f"'0x8' {SHAPE}"),
         ("warmup_shapes", "2x", f"'2x' {SHAPE}"),
+        ("access_log", "on", "Input should be 'off', 'errors' or 'all'"),
+        ("otlp_endpoint", "collector:4318", URL),
+        ("otlp_endpoint", "grpc://collector:4317", URL),
+        ("otlp_endpoint", "http://", URL),
+        ("otlp_endpoint", "http://collector:0", URL),
+        ("otlp_endpoint", "http://collector:port", URL),
+        ("otlp_endpoint", "http://collector?key=1", URL),
+        ("otlp_endpoint", "http://[::1", URL),
+        ("otlp_sample", "1.1", "Input should be less than or equal to 1"),
+        ("otlp_sample", "-0.1", "Input should be greater than or equal to 0"),
     ],
 )
 def test_a_wrong_value_is_refused_with_variable_value_and_limit(
@@ -317,6 +329,14 @@ def test_a_value_of_two_lines_is_told_in_one(monkeypatch: pytest.MonkeyPatch) ->
             {"ready_floor": "5", "workers": "4"},
             "ready_floor 5 can never be reached with 4 workers; lower it or add some",
         ),
+        (
+            {"otlp_endpoint": "http://c:4318", "otlp_headers": f"api-key {SECRET}"},
+            "otlp_headers: write name=value, with commas between several",
+        ),
+        (
+            {"otlp_endpoint": "http://c:4318", "otlp_headers": f"api-key={SECRET}%0d%0aevil: 1"},
+            "otlp_headers: a name or a value has characters that no header may have",
+        ),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -341,6 +361,8 @@ def test_settings_that_exclude_each_other_are_refused(
         {"ready_quorum": 200, "workers": "auto"},
         {"ready_quorum": 3, "workers": "auto", "max_workers": 3},
         {"workers": 4, "max_workers": 4},
+        {"otlp_endpoint": "http://c:4318"},
+        {"otlp_endpoint": "https://[::1]/prefix/v1/traces", "otlp_sample": 0.0},
     ],
     ids="+".join,
 )
@@ -353,7 +375,33 @@ def test_settings_just_beside_those_rules_are_taken(values: dict[str, Any]) -> N
 # Secrets
 
 
-@pytest.mark.parametrize("name", ["api_key", "hf_token"])
+def test_headers_that_nobody_sends_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is OpenTelemetry's, and may be there for another program."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "no pair")
+    assert load().otlp_endpoint is None
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", {}),
+        ("a=1", {"a": "1"}),
+        (" a = 1 ,, b=x%3Dy%2C=,", {"a": "1", "b": "x=y,="}),
+        ("Authorization=Bearer%20abc", {"Authorization": "Bearer abc"}),
+    ],
+)
+def test_pairs_are_read_as_opentelemetry_writes_them(text: str, found: dict[str, str]) -> None:
+    """Commas between, values percent-encoded."""
+    assert pairs(text) == found
+
+
+def test_a_password_in_a_url_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the user's name."""
+    told = refusal(monkeypatch, WARMFLEET_OTLP_ENDPOINT=f"https://user:{SECRET}@collector:4318")
+    assert told == f"WARMFLEET_OTLP_ENDPOINT=https://***@collector:4318: {URL}"
+
+
+@pytest.mark.parametrize("name", ["api_key", "hf_token", "otlp_headers"])
 @pytest.mark.parametrize("others", [{}, {"WARMFLEET_WORKERS": "0"}, {"WARMFLEET_BIND": "127.0.0.1:9000"}])
 def test_a_secret_is_in_no_message_and_no_repr(
     monkeypatch: pytest.MonkeyPatch, name: str, others: dict[str, str]
@@ -379,8 +427,8 @@ def test_a_secret_that_is_itself_wrong_is_hidden(name: str) -> None:
 
 
 def test_no_alias_of_a_secret_is_forgotten() -> None:
-    """What is called key, token, secret or password is declared as a secret."""
-    named = {name for name in FIELDS if re.search(r"key(?!_file)|token(?!s)|secret|password", name)}
+    """What is called key, token, secret, password or headers is declared as a secret."""
+    named = {name for name in FIELDS if re.search(r"key(?!_file)|token(?!s)|secret|password|headers", name)}
     assert named == {name for name, field in FIELDS.items() if "Secret" in str(field.annotation)}
 
 
