@@ -59,7 +59,7 @@ function figures(service, fleet, budget) {
 }
 
 function before(service) {
-  const loaded = service.preload_seconds ? `, weights ${took(service.preload_seconds)}` : "";
+  const loaded = service.preload_seconds > 0.01 ? `, weights ${took(service.preload_seconds)}` : "";
   return `imports ${took(service.import_seconds)}${loaded}`;
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of docs/images, of real fleets; taken with `--screenshots`, else skipped."""
+"""The pictures of docs/images, of real fleets; taken with `--screenshots` alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,21 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 MOST_BYTES = 250_000
 PATIENCE_S = 180.0
 TRAFFIC_S = 150.0
-WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "rivers", "run", "to", "sea")
+WORDS = (
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dogs",
+    "while",
+    "rivers",
+    "run",
+    "to",
+    "sea",
+)
 
 FAILING = """
 [[fault]]
@@ -46,12 +60,6 @@ stage = "warm"
 kind = "slow"
 seconds = 0.02
 """
-
-
-@pytest.fixture(autouse=True)
-def _asked_for(pytestconfig: pytest.Config) -> None:
-    if not pytestconfig.getoption("--screenshots"):
-        pytest.skip("pictures are taken with --screenshots")
 
 
 def save(page: Page, name: str, last: str) -> None:
