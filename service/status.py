@@ -65,7 +65,7 @@ class Status:
         fleet, moment = self.fleet, now()
         every = fleet.board.records()
         records = [record for record in every if shown(fleet, record)]
-        etas = {record.slot: eta_of(fleet, record) for record in records}
+        etas = {record.slot: eta_of(fleet, record, every) for record in records}
         header = fleet.board.header
         began = header.started - header.import_seconds - header.preload_seconds
         return {
