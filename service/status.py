@@ -62,8 +62,9 @@ class Status:
 
     def document(self) -> dict[str, Any]:
         """Return the document."""
-        fleet, moment = self.fleet, now()
+        fleet = self.fleet
         every = fleet.board.records()
+        moment = now()  # after them: nothing that they tell of is still to come
         records = [record for record in every if shown(fleet, record)]
         etas = {record.slot: eta_of(fleet, record, every) for record in records}
         header = fleet.board.header
