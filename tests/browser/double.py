@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
+from harness import free_port
+
 from service import assets
 
 if TYPE_CHECKING:
@@ -56,11 +58,11 @@ class Double:
         self.stop()
 
     def start(self) -> None:
-        """Listen: on the port of before, if there was one."""
+        """Listen: on the port of before, if there was one; nobody's outgoing connection takes such a port."""
         self.leave = threading.Event()
+        self._port = self._port or free_port()
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
         self._server.daemon_threads = True
-        self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
