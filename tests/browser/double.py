@@ -20,23 +20,21 @@ if TYPE_CHECKING:
 
     from documents import Document
 
-TICK_S = 0.1
-"""Between two looks at what a stream has to say."""
-
-
 class Double:
     """Serves the page below a path prefix.
 
     Attributes:
         make: returns the document of now.
+        tick: seconds between two documents of a stream.
         streams: whether `/events` is served, else 503.
         opened: how many streams were opened so far.
         listening: how many streams are open.
         asked: how often `/status` was asked for.
     """
 
-    def __init__(self, make: Callable[[], Document], *, prefix: str = "") -> None:
+    def __init__(self, make: Callable[[], Document], *, prefix: str = "", tick: float = 0.1) -> None:
         self.make = make
+        self.tick = tick
         self.streams = True
         self.opened = self.listening = self.asked = 0
         self.leave = threading.Event()
@@ -134,7 +132,7 @@ class Double:
         while not leave.is_set() and self.streams:
             handler.wfile.write(f"event: status\ndata: {json.dumps(self.make())}\n\n".encode())
             handler.wfile.flush()
-            leave.wait(TICK_S)
+            leave.wait(self.tick)
 
 
 def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:

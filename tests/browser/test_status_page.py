@@ -83,11 +83,12 @@ def connection(page: Page) -> Any:
     return expect(page.locator("#connection"))
 
 
+@pytest.mark.timeout(300)  # axe-core looks at every element, of 64 rows as of one
 @pytest.mark.parametrize("name", FLEETS)
 def test_every_fleet_is_legible_for_everybody(open_page: Callable[..., Any], name: str) -> None:
     """axe-core finds nothing in light, dark and on a phone, where nothing is wider than the screen."""
     document = FLEETS[name]()
-    with Double(lambda: document) as double, open_page(double.url) as page:
+    with Double(lambda: document, tick=1.0) as double, open_page(double.url) as page:
         connection(page).to_have_text("live")
         expect(page.locator("#slots li")).to_have_count(len(document["slots"]))
         page.evaluate("document.querySelectorAll('details').forEach((one, i) => { one.open = i < 8 })")
