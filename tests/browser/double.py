@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from documents import Document
 
+
 class Double:
     """Serves the page below a path prefix.
 
