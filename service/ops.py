@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import asyncio
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.applications import Starlette
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from service import __version__
+from service import assets
 from service.collector import exposition
 from service.payloads import health_payload, ready_payload, workers_payload
 
@@ -27,14 +26,6 @@ if TYPE_CHECKING:
     from service.status import Status
 
     Endpoint = Callable[[Request], Awaitable[Response]]
-
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>warmfleet</title></head>
-<body><h1>warmfleet {version}</h1><p>{model}</p><ul>
-<li><a href="/ready">/ready</a>: may traffic come, and if not, why</li>
-<li><a href="/health">/health</a>: is this process alive</li>
-<li><a href="/workers">/workers</a>: everything known of every worker</li>
-<li><a href="/status">/status</a>: all of it in one document, and <a href="/events">/events</a>: live</li>
-<li><a href="/metrics">/metrics</a>: for Prometheus</li></ul></body></html>"""
 
 
 def create_ops_app(
@@ -59,11 +50,7 @@ def create_ops_app(
     async def whole_status(_: Request) -> Response:
         return json_reply(await asyncio.to_thread(status.dump))  # likewise
 
-    async def page(_: Request) -> Response:
-        return HTMLResponse(PAGE.format(version=__version__, model=escape(fleet.settings.model_id)))
-
     endpoints: dict[str, Endpoint] = {
-        "/": page,
         "/health": health,
         "/livez": health,
         "/ready": ready,
@@ -73,7 +60,7 @@ def create_ops_app(
         "/status": whole_status,
     }
     routes = [Route(path, endpoint) for path, endpoint in endpoints.items()]
-    return Starlette(routes=[*routes, Route("/events", events, methods=["GET"])])
+    return Starlette(routes=[*assets.routes(), *routes, Route("/events", events, methods=["GET"])])
 
 
 def reply(payload: dict[str, Any], status: int = 200) -> Response:
