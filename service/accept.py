@@ -19,7 +19,7 @@ from uvicorn.server import Server
 from service.gate import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
     from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
     from uvicorn.config import Config
@@ -106,6 +106,12 @@ class GatedServer(Server):
         for connection in list(self.server_state.connections):
             if not _has_spoken(connection):
                 connection.shutdown()
+
+    def abort(self, scope: MutableMapping[str, Any]) -> None:
+        """Cut off the connection that a request came on, with all that the client has not taken yet."""
+        for connection in list(self.server_state.connections):
+            if getattr(connection, "scope", None) is scope:  # HTTP/2 has several
+                connection.transport.abort()
 
     def _watch(self, listener: socket.socket) -> None:
         if not self._closed:

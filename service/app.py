@@ -27,7 +27,8 @@ from service.api.steps import warm_engine
 from service.backends.base import Kind
 from service.errors import InvalidRequestError, RequestError
 from service.metrics import REQUESTS, STAGE_SECONDS
-from service.ops import health_payload, ready_payload, reply
+from service.ops import reply
+from service.payloads import health_payload, ready_payload
 from service.reception import Reception
 from service.security import read_keys
 from service.trail import TRAIL

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from service import planner, rooms
@@ -15,7 +16,7 @@ from service.lifecycle import Stage, State
 from service.logging import get
 from service.memory import read_host_memory, reset_peak
 from service.metrics import MetricsObserver
-from service.ops import SKIPPED
+from service.payloads import SKIPPED
 from service.scoreboard import now
 from service.warmup import WarmupResult, warm
 
@@ -91,6 +92,7 @@ def _turn(fleet: Fleet, slot: int) -> Iterator[None]:
     """Sit out the slot's back-off, then hold a load permit: load peaks must not add up."""
     board, began = fleet.board, now()
     row = board.rows[slot]
+    board.begin_stage(slot, Stage.WAIT, began)
     if row.backoff_until > began:
         board.enter(slot, State.BACKOFF, began)
         LOG.warning(
@@ -114,12 +116,14 @@ def _load(fleet: Fleet, slot: int, backend: Backend) -> None:
     """Bring the weights to the device, unless the arbiter has already loaded them for all."""
     if fleet.problem:
         raise ModelError(fleet.problem)
-    began = now()
+    board, began = fleet.board, now()
+    board.begin_stage(slot, Stage.LOAD, began)
     backend.load()
     loaded = now()
+    board.note_stage(slot, Stage.LOAD, loaded - began)
+    board.begin_stage(slot, Stage.TO_DEVICE, loaded)
     backend.place(threads=fleet.threads)
-    fleet.board.note_stage(slot, Stage.LOAD, loaded - began)
-    fleet.board.note_stage(slot, Stage.TO_DEVICE, now() - loaded)
+    board.note_stage(slot, Stage.TO_DEVICE, now() - loaded)
 
 
 def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
@@ -132,6 +136,7 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
         LOG.warning("texts are cut at max_batch_tokens, %d; the model takes %d", budget, backend.max_tokens)
         backend.max_tokens = budget
     began = now()
+    board.begin_stage(slot, Stage.WARMUP, began)
     if settings.skip_warmup:
         LOG.warning("%s", SKIPPED)
         result = WarmupResult([], budget)
@@ -147,6 +152,7 @@ def _warm(fleet: Fleet, slot: int, backend: Backend) -> WarmupResult:
                 max_rounds=settings.warmup_rounds,
                 budget_s=settings.warmup_budget or (CUDA_WARMUP_S if fleet.cuda else CPU_WARMUP_S),
                 report=_Progress(fleet, slot),
+                note=partial(board.note_passes, slot),
             )
         except OutOfMemoryError as error:
             raise WarmupError(str(error)) from error

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from service import __version__
 from service.families import counter, gauge, slot_name
 from service.lifecycle import State
-from service.memory import listen_queue_length
+from service.memory import queue_length
 from service.memory_metrics import memory_families
 from service.metrics import DIRECTORY, UNREADABLE, counter_files
 from service.scoreboard import now
@@ -103,11 +103,8 @@ class BoardCollector:
         yield gauge("import_seconds", "Seconds of the arbiter's imports.", {(): header.import_seconds})
         time = now() - header.started
         yield gauge("uptime_seconds", "Seconds since the arbiter began to start workers.", {(): time})
-        lengths: Samples = {}
-        for name, socks in self._listeners.items():
-            known = [length for length in map(listen_queue_length, socks) if length >= 0]
-            if known:  # the kernel does not say it of unix sockets
-                lengths[name,] = sum(known)
+        queues = {name: queue_length(socks) for name, socks in self._listeners.items()}
+        lengths: Samples = {(name,): length for name, length in queues.items() if length is not None}
         yield gauge(
             "listen_queue_length", "Connections the kernel holds, not yet accepted.", lengths, ["listener"]
         )

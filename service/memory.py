@@ -9,8 +9,12 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from service import cgroups
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # struct tcp_info (linux/tcp.h): one byte of state, seven more, then 32-bit words; the fifth of
 # them, tcpi_unacked, is the length of the accept queue when the socket listens.
@@ -127,3 +131,9 @@ def listen_queue_length(sock: socket.socket) -> int:
     if len(info) < TCP_UNACKED.stop or info[0] != TCP_LISTEN:
         return -1
     return int.from_bytes(info[TCP_UNACKED], sys.byteorder)
+
+
+def queue_length(listeners: Sequence[socket.socket]) -> int | None:
+    """Return how many connections wait at all of these sockets; None where the kernel says it of none."""
+    known = [length for length in map(listen_queue_length, listeners) if length >= 0]
+    return sum(known) if known else None

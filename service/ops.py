@@ -4,22 +4,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from dataclasses import asdict
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.applications import Starlette
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from service import __version__
-from service.budget import render
+from service import assets
 from service.collector import exposition
-from service.lifecycle import Stage, State
-from service.manifest import eta
-from service.scoreboard import now
+from service.payloads import health_payload, ready_payload, workers_payload
 
 if TYPE_CHECKING:
     import socket
@@ -27,31 +21,24 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from service.events import Events
     from service.fleet import Fleet
-    from service.slots import SlotRecord
+    from service.status import Status
 
     Endpoint = Callable[[Request], Awaitable[Response]]
 
-STAGES = {State.LOADING: Stage.LOAD, State.WARMING: Stage.WARMUP}
-SKIPPED = "warm-up is skipped (WARMFLEET_SKIP_WARMUP): the first requests will be slow; development only"
 
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>warmfleet</title></head>
-<body><h1>warmfleet {version}</h1><p>{model}</p><ul>
-<li><a href="/ready">/ready</a>: may traffic come, and if not, why</li>
-<li><a href="/health">/health</a>: is this process alive</li>
-<li><a href="/workers">/workers</a>: everything known of every worker</li>
-<li><a href="/metrics">/metrics</a>: for Prometheus</li></ul></body></html>"""
-
-
-def create_ops_app(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -> Starlette:
+def create_ops_app(
+    fleet: Fleet, listeners: Mapping[str, list[socket.socket]], status: Status, events: Events
+) -> Starlette:
     """Return the app of the ops listener; it answers from the worker's first second."""
 
     async def health(_: Request) -> Response:
         return reply(health_payload())
 
     async def ready(_: Request) -> Response:
-        status, payload = ready_payload(fleet)
-        return reply(payload, status)
+        code, payload = ready_payload(fleet)
+        return reply(payload, code)
 
     async def workers(_: Request) -> Response:
         return reply(workers_payload(fleet))
@@ -60,135 +47,27 @@ def create_ops_app(fleet: Fleet, listeners: Mapping[str, list[socket.socket]]) -
         text = await asyncio.to_thread(exposition, fleet, listeners)  # reads files
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def page(_: Request) -> Response:
-        return HTMLResponse(PAGE.format(version=__version__, model=escape(fleet.settings.model_id)))
+    async def whole_status(_: Request) -> Response:
+        return json_reply(await asyncio.to_thread(status.dump))  # likewise
 
-    routes: dict[str, Endpoint] = {
-        "/": page,
+    endpoints: dict[str, Endpoint] = {
         "/health": health,
         "/livez": health,
         "/ready": ready,
         "/readyz": ready,
         "/workers": workers,
         "/metrics": metrics,
+        "/status": whole_status,
     }
-    return Starlette(routes=[Route(path, endpoint) for path, endpoint in routes.items()])
+    routes = [Route(path, endpoint) for path, endpoint in endpoints.items()]
+    return Starlette(routes=[*assets.routes(), *routes, Route("/events", events, methods=["GET"])])
 
 
 def reply(payload: dict[str, Any], status: int = 200) -> Response:
     """Return JSON that no proxy may keep."""
-    return Response(
-        orjson.dumps(payload), status, media_type="application/json", headers={"cache-control": "no-store"}
-    )
+    return json_reply(orjson.dumps(payload), status)
 
 
-def health_payload() -> dict[str, Any]:
-    """Alive: this event loop answers."""
-    return {"status": "ok"}
-
-
-def budget_payload(fleet: Fleet) -> dict[str, Any]:
-    """Return the sum behind the number of workers: as data, and in words."""
-    numbers, entry = fleet.ledger.numbers, fleet.ledger.read()
-    payload = {
-        "policy": fleet.settings.budget_policy,
-        "wanted": fleet.settings.workers,
-        "planned": numbers.planned,
-        "oom_kills": numbers.oom_kills,
-    }
-    if entry is None:
-        return payload | {"text": ["no worker has been measured yet"]}
-    found = entry.plan()
-    return payload | found.as_json() | {"sum": asdict(entry), "text": render(found).splitlines()}
-
-
-def ready_payload(fleet: Fleet) -> tuple[int, dict[str, Any]]:
-    """Return the HTTP status and the body of `/ready`, true within one heartbeat."""
-    records = fleet.board.records()
-    readiness = fleet.readiness(records)
-    warm = [r.stage_seconds.get("warmup", 0.0) for r in records if r.state is State.READY]
-    payload = {
-        "status": readiness.status,
-        "model": fleet.settings.model_id,
-        "warmup_seconds": round(max(warm), 4) if warm else None,
-        "detail": readiness.detail,
-        "ready_workers": readiness.ready_workers,
-        "wanted_workers": readiness.wanted,
-        "target_workers": fleet.board.header.target,
-        "planned_workers": fleet.ledger.numbers.planned,
-        "workers": [
-            slot_payload(record) | {"eta_seconds": eta_of(fleet, record)}
-            for record in records
-            if shown(fleet, record)
-        ],
-    }
-    if fleet.settings.skip_warmup:
-        payload["warning"] = SKIPPED
-    return 200 if readiness.ready else 503, payload
-
-
-def eta_of(fleet: Fleet, record: SlotRecord) -> float | None:
-    """Return the seconds until a worker is ready, by what the last boot took; None if nobody knows."""
-    last, stage = fleet.recall.last, STAGES.get(record.state)
-    if last is None or stage is None:
-        return None
-    left = eta(last.stage_seconds, stage, now() - record.since)
-    return None if left is None else round(left, 1)
-
-
-def workers_payload(fleet: Fleet) -> dict[str, Any]:
-    """Return everything the scoreboard knows."""
-    header = fleet.board.header
-    records = [record for record in fleet.board.records() if shown(fleet, record)]
-    return {
-        "version": __version__,
-        "model": fleet.settings.model_id,
-        "arbiter_pid": os.getppid(),
-        "devices": fleet.devices,
-        "target": header.target,
-        "roll_epoch": header.roll_epoch,
-        "stopping": bool(header.stopping),
-        "uptime_seconds": round(now() - header.started, 3),
-        "import_seconds": round(header.import_seconds, 3),
-        "budget": budget_payload(fleet),
-        "workers": [slot_payload(record) | detail_payload(record) for record in records],
-    }
-
-
-def shown(fleet: Fleet, record: SlotRecord) -> bool:
-    """Whether a slot is held, or ought to be."""
-    return record.live or record.slot < fleet.board.header.target
-
-
-def slot_payload(record: SlotRecord) -> dict[str, Any]:
-    """Return what a probe's reader wants of a slot."""
-    time = now()
-    return {
-        "slot": record.slot,
-        "pid": record.pid or None,
-        "state": record.state.label,
-        "seconds_in_state": round(time - record.since, 3),
-        "heartbeat_age_seconds": round(time - record.beat, 3),
-        "device": record.device,
-        "generation": record.generation,
-        "progress": round(record.progress, 3),
-        "doing": record.doing or None,
-        "warmup_seconds": record.stage_seconds.get("warmup"),
-        "memory_bytes": record.memory_bytes,
-        "failures": record.failures,
-        "retry_in_seconds": round(record.backoff_until - time, 3) if record.state is State.BACKOFF else None,
-        "last_error": f"{record.error_state}: {record.error}" if record.error else None,
-    }
-
-
-def detail_payload(record: SlotRecord) -> dict[str, Any]:
-    """Return the rest of what is known of a slot."""
-    return {
-        "epoch": record.epoch,
-        "load": record.load,
-        "requests_in_flight": record.in_flight,
-        "max_batch_tokens": record.max_batch_tokens or None,
-        "stage_seconds": record.stage_seconds,
-        "warmup_shapes": [asdict(shape) for shape in record.shapes],
-        "failures_by_reason": {reason: count for reason, count in record.failures_by_reason.items() if count},
-    }
+def json_reply(body: bytes, status: int = 200) -> Response:
+    """Return JSON that was made already."""
+    return Response(body, status, media_type="application/json", headers={"cache-control": "no-store"})

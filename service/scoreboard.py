@@ -13,13 +13,15 @@ import mmap
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from service.history import MAX_SHAPES, History
 from service.lifecycle import Failure, Stage, State, check
 from service.slots import ShapeTimes, SlotRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAX_SHAPES = 24
+    from service.slots import WarmedShape
+
 ERROR_BYTES = 1024
 STAGES = tuple(Stage)
 FAILURES = tuple(Failure)
@@ -97,6 +99,7 @@ class Row(ctypes.Structure):
         ("n_shapes", ctypes.c_int64),
         ("shapes", Shape * MAX_SHAPES),
         ("memory", ctypes.c_int64 * len(MEMORY_KINDS)),
+        ("history", History),  # of arbiter and worker, field by field
     )
 
 
@@ -140,6 +143,10 @@ class Scoreboard:
         row.doing = b""
         row.progress = 0.0
         row.state = state
+        if state is State.READY:
+            row.history.ready(row.generation, now)
+        elif state is State.FAILED:
+            row.history.end(row.generation, now)
 
     def spawn(self, slot: int, device: str, now: float) -> None:
         """Arbiter: hand the slot to the worker that is about to be forked."""
@@ -150,12 +157,13 @@ class Scoreboard:
         row.device = clip(device, 128)
         row.beat = now
         self.enter(slot, State.SPAWNED, now)
+        row.history.begin(row.generation, now)
 
     def vacate(self, slot: int, now: float) -> None:
         """Arbiter: the worker of the slot is gone, whatever it was doing.
 
-        The slot keeps what is its own: generation, failures, last error, device, and the shapes' times,
-        by which its next worker knows that it is warm.
+        The slot keeps what is its own: generation, failures, last error, device, its history, and the
+        shapes' times, by which its next worker knows that it is warm.
         """
         row = self.rows[slot]
         row.pid = row.load = row.in_flight = row.exit_reason = 0
@@ -166,6 +174,8 @@ class Scoreboard:
         row.memory = type(row.memory)()
         row.since = now
         row.state = State.EMPTY
+        if row.generation:
+            row.history.end(row.generation, now)
 
     def fail(self, slot: int, reason: Failure, error: str) -> None:
         """Note why the worker of the slot ends, or cannot become ready."""
@@ -182,6 +192,11 @@ class Scoreboard:
             for row in (rows[slot] for slot in range(self.header.slots_used) if slot != without)
             if row.state
         ]
+
+    def states(self) -> list[tuple[State, float]]:
+        """Return the state of each slot that was ever used, and since when: some microseconds."""
+        rows = self.rows
+        return [(State(rows[slot].state), rows[slot].since) for slot in range(self.header.slots_used)]
 
     def records(self) -> list[SlotRecord]:
         """Return a snapshot of every slot that was ever used."""
@@ -225,9 +240,20 @@ class Scoreboard:
                 shape.texts, shape.tokens, shape.rounds, shape.first_s, shape.steady_s, bool(shape.converged)
             )
 
+    def begin_stage(self, slot: int, stage: Stage, now: float) -> None:
+        """Worker: keep when a stage of the boot began."""
+        row = self.rows[slot]
+        row.history.begin_stage(row.generation, stage, now)
+
     def note_stage(self, slot: int, stage: Stage, seconds: float) -> None:
         """Worker: keep how long a stage of the boot took."""
-        self.rows[slot].stage_s[STAGES.index(stage)] = seconds
+        row = self.rows[slot]
+        row.stage_s[STAGES.index(stage)] = seconds
+        row.history.end_stage(row.generation, stage, seconds)
+
+    def note_passes(self, slot: int, place: int, shape: WarmedShape) -> None:
+        """Worker: keep the passes of a shape, which is the nth of its warm-up."""
+        self.rows[slot].history.note_shape(place, shape)
 
     def note_shapes(self, slot: int, shapes: list[ShapeTimes]) -> None:
         """Worker: keep what warm-up measured, the first `MAX_SHAPES` shapes of it."""

@@ -50,6 +50,15 @@ class Keys:
 
 
 def read_keys(settings: Settings) -> Keys:
+    """Return what opens the API.
+
+    Raises:
+        SettingsError: as `keys_of`.
+    """
+    return Keys(keys_of(settings))
+
+
+def keys_of(settings: Settings) -> list[str]:
     """Collect the keys of `api_key` and of the lines of `api_key_file`.
 
     Raises:
@@ -62,7 +71,7 @@ def read_keys(settings: Settings) -> Keys:
             raise SettingsError("api_key holds no key; write one, or several with commas between")
     if settings.api_key_file is not None:
         keys += _read_file(settings.api_key_file)
-    return Keys(keys)
+    return keys
 
 
 def _read_file(path: str) -> list[str]:

@@ -36,6 +36,54 @@ class ShapeTimes:
 
 
 @dataclass(frozen=True)
+class WarmedShape:
+    """The passes that a warm-up made, or has made so far, of one batch shape.
+
+    Attributes:
+        texts: of a batch.
+        tokens: of each text.
+        passes: seconds of each, the first ones if there were many.
+        rounds: how many passes there were.
+        steady_s: what a pass took in the end; None while the shape is being warmed.
+        converged: whether the passes have settled.
+    """
+
+    texts: int
+    tokens: int
+    passes: tuple[float, ...]
+    rounds: int
+    steady_s: float | None = None
+    converged: bool = False
+
+
+@dataclass(frozen=True)
+class BootStage:
+    """A part of a boot: when it began, and the seconds it took; None while it runs."""
+
+    stage: str
+    at: float
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Boot:
+    """The life of one worker of a slot: from its fork until it was ready, and its end; None: not yet."""
+
+    generation: int
+    began: float
+    stages: tuple[BootStage, ...] = ()
+    ready_at: float | None = None
+    ended_at: float | None = None
+
+    @property
+    def outcome(self) -> str:
+        """How it went: booting, ready (and still there), gone (was ready, has ended), failed."""
+        if self.ended_at is None:
+            return "booting" if self.ready_at is None else "ready"
+        return "failed" if self.ready_at is None else "gone"
+
+
+@dataclass(frozen=True)
 class SlotRecord:
     """A snapshot of one scoreboard row."""
 

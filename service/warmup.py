@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from service.backends.base import PROBE_WORD, Cut, forward
 from service.errors import OutOfMemoryError, WarmupError
-from service.slots import ShapeTimes
+from service.slots import ShapeTimes, WarmedShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +36,13 @@ class Report(Protocol):
 
     def __call__(self, done: float, doing: str) -> None:
         """Show it."""
+
+
+class Note(Protocol):
+    """Told after every pass: which shape of the warm-up it was, and all its passes so far."""
+
+    def __call__(self, place: int, shape: WarmedShape) -> None:
+        """Keep it."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ def warm(
     max_rounds: int = 20,
     budget_s: float = 60.0,
     report: Report = lambda done, doing: None,  # noqa: ARG005 - the default shows nothing
+    note: Note = lambda place, shape: None,  # noqa: ARG005 - the default keeps nothing
     clock: Callable[[], float] = time.perf_counter,
 ) -> WarmupResult:
     """Run batches through the model until each shape's time has settled.
@@ -102,13 +110,14 @@ def warm(
         max_rounds: most passes for one shape.
         budget_s: seconds for all shapes, an equal share each; one pass each is always made.
         report: told before every pass.
+        note: told after every pass.
         clock: seconds, for tests.
 
     Raises:
         WarmupError: an output is wrong, or not even the smallest budget fits.
     """
     steady = {(shape.texts, shape.tokens): shape.steady_s for shape in known}
-    rules = _Rules(steady, max_rounds, budget_s, report, clock)
+    rules = _Rules(steady, max_rounds, budget_s, report, note, clock)
     while True:
         try:
             plan = list(shapes) or shapes_for(max_batch_tokens, backend.max_tokens)
@@ -134,6 +143,7 @@ class _Rules:
     max_rounds: int
     budget_s: float
     report: Report
+    note: Note
     clock: Callable[[], float]
 
 
@@ -154,12 +164,14 @@ def _warm_shapes(backend: Backend, plan: Sequence[tuple[int, int]], rules: _Rule
             seconds.append(rules.clock() - began)
             first = vectors if first is None else first
             check(vectors, texts, backend, first)
+            rules.note(number, WarmedShape(texts, tokens, tuple(seconds), len(seconds)))
             converged = is_warm(seconds) or (known is not None and seconds[-1] <= SPREAD * known)
             if sum(seconds) > share_s:
                 break
         steady = statistics.median(seconds[-MIN_ROUNDS:])
         if known is not None and converged:
             steady = min(steady, known)
+        rules.note(number, WarmedShape(texts, tokens, tuple(seconds), len(seconds), steady, converged))
         result.append(ShapeTimes(texts, tokens, len(seconds), seconds[0], steady, converged))
     rules.report(1.0, "")
     return result

@@ -24,6 +24,7 @@ from uvicorn.config import Config
 from uvicorn_worker import UvicornWorker
 
 from service.accept import GatedServer, Shedding
+from service.events import Events, stirs
 from service.failing import Failing
 from service.gate import Gate
 from service.lifecycle import Failure, State
@@ -34,11 +35,16 @@ from service.rehearsal import rehearse
 from service.scoreboard import now
 from service.slots import YOUNG_S, may_leave
 from service.span_export import Spans
+from service.status import Status
+from service.totals import Totals
 from service.upkeep import Upkeep
 from service.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
+
+    from starlette.applications import Starlette
 
     from service.engine import Engine
     from service.fleet import Fleet
@@ -130,7 +136,7 @@ class FleetWorker(UvicornWorker):
         self._main.extra_load = lambda: self.wsgi.state.engine.extra_load if self.wsgi.state.engine else 0
         self._gate = gate
 
-        app = Reception(create_ops_app(self.fleet, {"main": main, "ops": [ops]}))
+        app = Reception(self._ops_app({"main": main, "ops": [ops]}))
         config = Config(app=app, log_config=None, timeout_keep_alive=5, timeout_graceful_shutdown=1, **HTTP)
         self._ops = GatedServer(config, [ops])
         for each in (self.config, config):
@@ -143,6 +149,16 @@ class FleetWorker(UvicornWorker):
         self.notify()
         faulthandler.cancel_dump_traceback_later()  # of post_fork: the event loop runs
         self.fleet.board.rows[self.slot].deadline = 0.0
+
+    def _ops_app(self, listeners: dict[str, list[socket.socket]]) -> Starlette:
+        """Make the app of the ops listener, with its stream of documents."""
+        board, status = self.fleet.board, Status(self.fleet, self.slot, listeners, Totals())
+        self._events = Events(
+            partial(asyncio.to_thread, status.dump),
+            lambda: stirs(board.states(), now()),
+            abort=lambda scope: self._ops.abort(scope),  # noqa: PLW0108 - that server is made of this app
+        )
+        return create_ops_app(self.fleet, listeners, status, self._events)
 
     # Booting
 
@@ -260,9 +276,11 @@ class FleetWorker(UvicornWorker):
             main.accept_the_last()
         main.stop_accepting()
         await _until(lambda: not main.unread, SETTLE_S)
-        for server in (main, self._ops):
-            server.should_exit = True
-            await self._tasks[server]
+        main.should_exit = True
+        await self._tasks[main]
+        self._events.close()
+        self._ops.should_exit = True
+        await self._tasks[self._ops]
         if main.server_state.tasks or self.engine.inference.under_way:
             LOG.error("not all requests were finished in time")
             self._exit(1)

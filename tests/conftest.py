@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TESTS = Path(__file__).parent
-FOLDERS = {"unit", "process", "chart", "image", "docs", "gpu", "model"}
+FOLDERS = {"unit", "process", "browser", "chart", "image", "docs", "gpu", "model"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the pictures of the documentation be taken anew; a usual run leaves them as they are."""
+    parser.addoption("--screenshots", action="store_true", help="take the pictures of docs/images")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 from service import cpus, device, preflight
 from service.budget import Room, judge, render, size
 from service.cgroups import read_host
-from service.commands.control import ask
 from service.gpu_memory import read_devices
 from service.ledger import parse
+from service.ops_client import Address, ask
 from service.recall import Recall
 from service.rooms import gpu_room, sum_of
 from service.settings import Settings, variables
@@ -79,7 +79,7 @@ def check(settings: Settings) -> Report:
         update={name: value for name, value in ANY_PORT.items() if _has_port(settings, name)}
     )
     found = preflight.check(free)
-    running = ask(settings.ops_bind, "/workers")
+    running = ask(Address.parse(settings.ops_bind), "/workers")
     running = running if running and "arbiter_pid" in running else None
     machine = cpus.available()
     threads = cpus.threads_for(settings.first_workers, machine.cores, settings.threads)

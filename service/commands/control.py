@@ -7,11 +7,9 @@ one worker each. They reach processes of this machine only, so the answer is hel
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
-import urllib.error
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,37 +17,24 @@ from typing import TYPE_CHECKING, Any, Final
 
 from service.errors import WarmfleetError
 from service.lifecycle import State
-from service.progress import DIRECT, url
+from service.ops_client import NoServiceError, ask, nobody
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
+
+    from service.ops_client import Address
 
     Payload = Mapping[str, Any]
+    Tell = Callable[[Payload], object]
 
-ANSWER_S = 2.0
 MOVE_S = 10.0
 """Within which the arbiter obeys a signal; it looks once a second."""
 POLL_S = 0.1
 PROC: Final = Path("/proc")
-NOBODY: Final = "no warmfleet answers on {}; is it running, and is that its ops_bind?"
 
 
 class ControlError(WarmfleetError):
     """The service cannot be told anything from here. Exit code 1."""
-
-
-def ask(bind: str, path: str) -> dict[str, Any] | None:
-    """Return the JSON object that a listener of ours answers with, whatever the status; None if none does."""
-    try:
-        try:
-            with DIRECT.open(url(bind) + path, timeout=ANSWER_S) as reply:
-                answer = json.load(reply)
-        except urllib.error.HTTPError as error:
-            with error:
-                answer = json.load(error)
-    except (OSError, ValueError):
-        return None
-    return answer if isinstance(answer, dict) else None
 
 
 @dataclass(frozen=True)
@@ -59,22 +44,37 @@ class Service:
     Attributes:
         look: returns what `/workers` says; None while nobody answers.
         send: signals the arbiter.
+        alive: whether the arbiter still runs.
         clock: seconds, for tests.
         sleep: likewise.
     """
 
     look: Callable[[], Payload | None]
     send: Callable[[int], None]
+    alive: Callable[[], bool] = lambda: True
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], object] = time.sleep
 
-    def until(self, condition: Callable[[Payload], bool], timeout_s: float) -> Payload | None:
-        """Return the first answer that meets the condition; None when the time is over."""
+    def until(
+        self,
+        condition: Callable[[Payload], bool],
+        timeout_s: float,
+        tell: Tell = lambda _: None,
+    ) -> Payload | None:
+        """Return the first answer that meets the condition; None when the time is over.
+
+        Raises:
+            ControlError: the service has ended.
+        """
         end = self.clock() + timeout_s
         while True:
             found = self.look()
-            if found is not None and condition(found):
-                return found
+            if found is not None:
+                tell(found)
+                if condition(found):
+                    return found
+            elif not self.alive():
+                raise ControlError("the service has ended meanwhile; its log says why")
             if self.clock() >= end:
                 return None
             self.sleep(POLL_S)
@@ -92,33 +92,35 @@ class Service:
         return found
 
 
-def find(bind: str, root: Path = PROC) -> Service:
+def find(address: Address, root: Path = PROC) -> Service:
     """Return the service with this ops listener, once it is sure to be of this machine.
 
     Raises:
-        ControlError: nobody answers, or somebody whose processes are not here.
+        NoServiceError: nobody answers.
+        ControlError: somebody whose processes are not here.
     """
-    payload = ask(bind, "/workers")
+    payload = ask(address, "/workers")
     if payload is None or not isinstance(payload.get("arbiter_pid"), int):
-        raise ControlError(NOBODY.format(bind))
+        raise NoServiceError(nobody(address))
     pid: int = payload["arbiter_pid"]
     workers = [row["pid"] for row in payload["workers"] if row["pid"]]
-    if not _is_arbiter(pid, workers, root):
+    if not (is_arbiter(pid, root) and any(_parent(worker, root) == pid for worker in workers)):
         msg = (
-            f"the service on {bind} has its arbiter, process {pid}, on another host or in another "
-            "container; run this there"
+            f"the service on {address} has its arbiter, process {pid}, on another host or in another "
+            "container; run this there, or with --kubectl"
         )
         raise ControlError(msg)
-    return Service(partial(ask, bind, "/workers"), partial(send, pid))
+    return Service(
+        partial(ask, address, "/workers"), partial(send, pid), alive=partial(is_arbiter, pid, root)
+    )
 
 
-def _is_arbiter(pid: int, workers: Sequence[int], root: Path) -> bool:
-    """Whether the process is a Gunicorn, and parent of one of the workers: numbers are the same elsewhere."""
+def is_arbiter(pid: int, root: Path = PROC) -> bool:
+    """Whether a process of this machine runs and is a Gunicorn; which one, its number does not tell."""
     try:
-        command = (root / str(pid) / "cmdline").read_bytes()
+        return b"gunicorn" in (root / str(pid) / "cmdline").read_bytes()
     except OSError:
         return False
-    return b"gunicorn" in command and any(_parent(worker, root) == pid for worker in workers)
 
 
 def _parent(pid: int, root: Path) -> int:
@@ -242,18 +244,43 @@ def roll(service: Service) -> int:
     return epoch
 
 
-def wait_rolled(service: Service, epoch: int, timeout_s: float) -> Payload:
+# ---------------------------------------------------------------------------------------------
+# Waiting for either
+
+
+def wait_rolled(service: Service, epoch: int, timeout_s: float, tell: Tell = lambda _: None) -> Payload:
     """Return what `/workers` says once every worker is READY in the epoch.
 
     Raises:
-        ControlError: not within the time; the text has who is missing.
+        ControlError: not within the time, with who is missing; or the service ends.
     """
-    found = service.until(lambda payload: not missing(payload, epoch), timeout_s)
+    return _wait(service, partial(missing, epoch=epoch), "the rolling restart is not over", timeout_s, tell)
+
+
+def wait_scaled(service: Service, workers: int, timeout_s: float, tell: Tell = lambda _: None) -> Payload:
+    """Return what `/workers` says once as many workers are READY, and no others are left.
+
+    Raises:
+        ControlError: not within the time, with who is missing; or the service ends.
+    """
+    return _wait(
+        service, partial(unsettled, workers=workers), f"there are not {workers} workers", timeout_s, tell
+    )
+
+
+def _wait(
+    service: Service, left: Callable[[Payload], list[str]], problem: str, timeout_s: float, tell: Tell
+) -> Payload:
+    def over(payload: Payload) -> bool:
+        if payload.get("stopping"):
+            raise ControlError(f"{problem}: the service is stopping")
+        return not left(payload)
+
+    found = service.until(over, timeout_s, tell)
     if found is None:
         last = service.look()
-        left = "; ".join(missing(last, epoch)) if last else "nobody answers"
-        msg = f"the rolling restart is not over after {timeout_s:g} s: {left}"
-        raise ControlError(msg)
+        said = "; ".join(left(last)) if last else "nobody answers"
+        raise ControlError(f"{problem} after {timeout_s:g} s: {said}")
     return found
 
 
@@ -267,3 +294,13 @@ def missing(payload: Payload, epoch: int) -> list[str]:
     ]
     absent = payload["target"] - len(payload["workers"])
     return clauses + ([f"{absent} of {payload['target']} workers are not there yet"] if absent > 0 else [])
+
+
+def unsettled(payload: Payload, workers: int) -> list[str]:
+    """Return a clause for each slot that is not READY, and one if there are too many of them."""
+    clauses = missing(payload, epoch=0)
+    if payload["target"] != workers:
+        clauses.append(f"the service keeps {payload['target']} by now")
+    elif len(payload["workers"]) > workers:
+        clauses.append(f"{len(payload['workers'])} are there")
+    return clauses

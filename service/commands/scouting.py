@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from service.commands.control import ask
+from service.bars import stage_of
 from service.ledger import Sum, parse
-from service.progress import STEPS
+from service.ops_client import Address, ask
 from service.settings import PREFIX, variables
 
 if TYPE_CHECKING:
@@ -128,16 +128,18 @@ def scout(
                 command, env=environ, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, process_group=0
             )
         try:
-            answer = _wait(child, binds[1], show)
+            answer = _wait(child, Address.parse(binds[1]), show)
             if answer is None:
                 return Failed(asked, problem_of(log.read_text(errors="replace"), child.returncode))
-            return measured(asked, answer, ask(binds[0], "/info") or {}, time.monotonic() - began)
+            return measured(
+                asked, answer, ask(Address.parse(binds[0]), "/info") or {}, time.monotonic() - began
+            )
         finally:
             end(child)
 
 
 def _wait(
-    child: subprocess.Popen[bytes], ops: str, show: Callable[[float, str], None]
+    child: subprocess.Popen[bytes], ops: Address, show: Callable[[float, str], None]
 ) -> dict[str, Any] | None:
     """Return what `/workers` says once the worker is ready; None if the service ended before.
 
@@ -153,15 +155,6 @@ def _wait(
                 show(*stage_of(worker))
         time.sleep(POLL_S)
     return None
-
-
-def stage_of(worker: Mapping[str, Any]) -> tuple[float, str]:
-    """Return how far a worker's boot is, and what it does, from its row in `/ready`."""
-    state = worker["state"]
-    done = STEPS.get(state, 1.0)
-    if state == "warming":
-        done += (1 - done) * worker["progress"]
-    return done, f"{state} {worker['doing'] or ''}".strip()
 
 
 def measured(

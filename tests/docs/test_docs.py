@@ -9,6 +9,7 @@ import socket
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock
 
 import pytest
 from click.testing import CliRunner
@@ -18,6 +19,7 @@ from service import app, cli, errors, lifecycle, metrics, ops, settings
 from service.api import dialects
 from service.budget import Room, WorkerCost
 from service.collector import BoardCollector
+from service.events import Events
 from service.fleet import Fleet
 from service.ledger import Sum
 from service.lifecycle import Failure, State
@@ -25,10 +27,13 @@ from service.manifest import Manifest
 from service.recall import Recall
 from service.scoreboard import MEMORY_KINDS
 from service.slots import CPU, ShapeTimes
+from service.status import Status
+from service.totals import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from starlette.applications import Starlette
     from starlette.routing import BaseRoute
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +210,13 @@ def routes(found: Iterable[BaseRoute]) -> set[str]:
     return {method for method in methods if not method.startswith("HEAD ")}
 
 
+def ops_app(made: settings.Settings) -> Starlette:
+    """Return the app of the ops listener of a fleet that nobody runs."""
+    fleet = Fleet.make(made, (CPU,), 1)
+    status = Status(fleet, 0, {}, Totals(ROOT))
+    return ops.create_ops_app(fleet, {}, status, Events(AsyncMock(), bool))
+
+
 def test_every_endpoint_is_documented_and_no_other() -> None:
     """docs/api.md lists the endpoints of each listener in a table under its heading."""
     made = settings.Settings.model_construct(**defaults())
@@ -212,7 +224,7 @@ def test_every_endpoint_is_documented_and_no_other() -> None:
     main, _, rest = text.partition("## Ops listener")
     for part, expected in (
         (main, routes(app.create_app(made).routes)),
-        (rest, routes(ops.create_ops_app(Fleet.make(made, (CPU,), 1), {}).routes)),
+        (rest, routes(ops_app(made).routes)),
     ):
         table = "\n".join(cells(line)[0] for line in part.splitlines() if line.startswith("| `"))
         assert set(re.findall(r"`((?:GET|POST) /[^`]*)`", table)) == expected
@@ -273,9 +285,12 @@ def test_relative_links_resolve(path: Path) -> None:
 
 
 def commands(path: Path) -> str:
-    """Return what a page shows as code."""
+    """Return what a page shows as code; of a transcript the commands, not what they print."""
     fence = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
     text = path.read_text(encoding="utf-8")
+    for transcript in re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        typed = [line for line in transcript.splitlines(keepends=True) if line.startswith("$ ")]
+        text = text.replace(transcript, "".join(typed))
     return "\n".join([*fence.findall(text), *re.findall(r"`([^`\n]+)`", fence.sub("", text))])
 
 
@@ -288,7 +303,7 @@ def test_commands_that_the_pages_show_exist(path: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
     for command, rest in re.findall(r"(?:^|[ $])warmfleet ([a-z]+)([^\n]*)", code, re.MULTILINE):
         assert command in cli.main.commands, f"warmfleet {command}"
-        options = {option for param in cli.main.commands[command].params for option in param.opts}
+        options = {"--help"} | {o for param in cli.main.commands[command].params for o in param.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= options, rest
     for script in re.findall(r"bench/\w+\.py", code):
         assert (ROOT / script).is_file(), script

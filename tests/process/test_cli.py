@@ -23,7 +23,8 @@ from harness import PATIENCE_S, ROOT, Service, free_port, process, runs, until
 from rich.console import Console
 
 import service as package
-from service.progress import _ask, _copy_log
+from service.ops_client import Address, ask
+from service.progress import _copy_log
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -236,13 +237,13 @@ def test_a_closed_terminal_leaves_no_orphan(*, ready: bool) -> None:
         serve.wait()
 
 
-def test_progress_asks_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """`http_proxy` is for the world outside; the service's own listener is asked directly."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     with Service(workers=1) as service:
         service.wait_ready()
-        answer = _ask(Settings(ops_bind=service.ops_bind))
+        answer = ask(Address.parse(service.ops_bind), "/ready")
         assert answer
         assert answer["status"] == "ready"
 

@@ -353,14 +353,15 @@ def test_roll_that_is_not_over_in_time_says_who_is_missing(control: Any) -> None
 
 @pytest.mark.parametrize("command", [["scale", "2"], ["roll"]], ids=["scale", "roll"])
 def test_nobody_there_is_said_in_one_line(place: Path, command: list[str]) -> None:
-    """Exit code 1; so for a listener that is no warmfleet's."""
+    """Exit code 3, as of every command that asks a service."""
     with busy_port() as bind:
         pass
     done = run(place, *command, "--ops-bind", bind)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr
-        == f"warmfleet: no warmfleet answers on {bind}; is it running, and is that its ops_bind?\n"
+    assert (done.returncode, done.stdout) == (3, "")
+    port = bind.rpartition(":")[2]
+    assert done.stderr == (
+        f"warmfleet: nobody answers on http://localhost:{port}; "
+        "is the service running, and is that its ops listener?\n"
     )
 
 

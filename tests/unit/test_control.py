@@ -21,13 +21,17 @@ from service.commands.control import (
     roll,
     scale,
     send,
+    unsettled,
     wait_rolled,
+    wait_scaled,
 )
+from service.ops_client import Address, NoServiceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+HERE = Address.parse("127.0.0.1:9000")
 SUM = ["host: 1.00 GiB: 4 fit", "4 workers fit; host allows no more"]
 
 
@@ -43,13 +47,15 @@ class Fleet:
         self.states = ["ready"] * target
         self.sent: list[int] = []
         self.time = 0.0
-        self.deaf = False
+        self.deaf = self.ended = self.stopping = False
         self.silent = 0
         self.on_sleep: Callable[[], None] = lambda: None
 
     @property
     def service(self) -> Service:
-        return Service(self.look, self.send, clock=lambda: self.time, sleep=self.sleep)
+        return Service(
+            self.look, self.send, lambda: not self.ended, clock=lambda: self.time, sleep=self.sleep
+        )
 
     def sleep(self, seconds: float) -> None:
         self.time += seconds
@@ -70,7 +76,7 @@ class Fleet:
             self.planned = min(self.planned, self.target)
 
     def look(self) -> dict[str, Any] | None:
-        if self.silent:
+        if self.silent or self.ended:
             self.silent -= 1
             return None
         budget: dict[str, Any] = {"policy": self.policy, "planned": self.planned, "text": SUM}
@@ -80,7 +86,13 @@ class Fleet:
         ]
         if self.fits is not None:
             budget["fits"] = self.fits
-        return {"target": self.target, "roll_epoch": self.epoch, "budget": budget, "workers": rows}
+        return {
+            "target": self.target,
+            "roll_epoch": self.epoch,
+            "stopping": self.stopping,
+            "budget": budget,
+            "workers": rows,
+        }
 
 
 # scale
@@ -217,6 +229,44 @@ def test_slots_without_a_row_are_missing() -> None:
     ]
 
 
+def test_scaling_is_over_when_so_many_are_ready_and_no_others_left() -> None:
+    """Not while one is cold, one too many drains, or somebody else scaled meanwhile; all of it is told."""
+    fleet = Fleet(2, fits=9)
+    assert scale(fleet.service, 3).done
+    steps = [["ready", "ready", "loading"], ["ready"] * 3 + ["draining"], ["ready"] * 3]
+    told: list[int] = []
+
+    def move() -> None:
+        if steps:
+            fleet.states = steps.pop(0)
+            fleet.epochs = [0] * len(fleet.states)
+
+    fleet.on_sleep = move
+    found = wait_scaled(fleet.service, 3, 60, lambda payload: told.append(len(payload["workers"])))
+    assert [row["state"] for row in found["workers"]] == ["ready"] * 3
+    assert told == [2, 3, 4, 3]
+    fleet.target = 2
+    assert unsettled(fleet.look() or {}, 3) == ["the service keeps 2 by now"]
+
+
+def test_a_service_that_ends_meanwhile_is_not_waited_for() -> None:
+    """Its arbiter is gone, or it says that it is stopping: one sentence, at once."""
+    fleet = Fleet(2, fits=9)
+    fleet.states = ["ready", "loading"]
+
+    def end() -> None:
+        fleet.ended = True
+
+    fleet.on_sleep = end
+    with pytest.raises(ControlError, match="the service has ended meanwhile; its log says why"):
+        wait_scaled(fleet.service, 2, 60)
+    assert fleet.time < 1
+    stopping = Fleet(2)
+    stopping.stopping = True
+    with pytest.raises(ControlError, match="there are not 2 workers: the service is stopping"):
+        wait_scaled(stopping.service, 2, 60)
+
+
 # Whom the signals reach
 
 
@@ -239,7 +289,7 @@ def test_a_gunicorn_of_this_machine_is_found(answer: dict[str, Any], tmp_path: P
     """Its process is a Gunicorn, and parent of a worker that the answer names."""
     proc(tmp_path, 100, 1, b"python\0-m\0gunicorn\0")
     proc(tmp_path, 101, 100, b"python\0-m\0gunicorn\0")
-    assert find("127.0.0.1:9000", tmp_path).look() == answer
+    assert find(HERE, tmp_path).look() == answer
 
 
 @pytest.mark.parametrize(
@@ -261,7 +311,7 @@ def test_a_process_that_is_not_the_arbiter_gets_no_signal(
     with pytest.raises(
         ControlError, match="process 100, on another host or in another container; run this there"
     ):
-        find("127.0.0.1:9000", tmp_path)
+        find(HERE, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +320,10 @@ def test_a_process_that_is_not_the_arbiter_gets_no_signal(
 def test_nobody_there_is_said(monkeypatch: pytest.MonkeyPatch, payload: dict[str, Any] | None) -> None:
     """No answer, or none of ours."""
     monkeypatch.setattr(control, "ask", lambda bind, path: payload)
-    with pytest.raises(ControlError, match=r"no warmfleet answers on 127\.0\.0\.1:9000; is it running"):
-        find("127.0.0.1:9000")
+    with pytest.raises(
+        NoServiceError, match="nobody answers on http://localhost:9000; is the service running"
+    ):
+        find(HERE)
 
 
 @pytest.mark.parametrize(

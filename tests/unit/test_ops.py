@@ -9,11 +9,11 @@ import orjson
 import pytest
 from households import Machine, cpu_cost, fleet_of, put
 
-from service import ops
+from service import payloads
 from service.budget import MIB, render
 from service.lifecycle import Stage, State
 from service.manifest import Manifest
-from service.ops import budget_payload, eta_of, ready_payload, workers_payload
+from service.payloads import budget_payload, eta_of, ready_payload, workers_payload
 from service.planner import learn_from_oom, settle
 from service.recall import Recall
 
@@ -36,7 +36,7 @@ LAST = Manifest(
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine().install(monkeypatch)
-    monkeypatch.setattr(ops, "now", lambda: NOW)
+    monkeypatch.setattr(payloads, "now", lambda: NOW)
 
 
 def test_before_the_first_measurement_the_budget_says_so() -> None:
@@ -137,5 +137,5 @@ def test_without_a_last_boot_nobody_knows() -> None:
 
 def test_every_stage_that_is_foretold_has_its_state() -> None:
     """The states of a boot are those of the stages that a manifest has."""
-    assert set(ops.STAGES.values()) <= set(Stage)
-    assert list(ops.STAGES) == [State.LOADING, State.WARMING]
+    assert set(payloads.STAGES.values()) <= set(Stage)
+    assert list(payloads.STAGES) == [State.LOADING, State.WARMING]
