@@ -2,21 +2,20 @@
 """What the access log and traces cost a request: the app in this process, on the stub, one request at a time.
 
 No server and no client, so that microseconds can be seen. CPU seconds are the whole process's, the threads of
-the model and of the exporter included; the collector is a process of its own, on the loopback.
+the model and of the exporter included; spans are encoded, and thrown away instead of posted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import logging.config
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import harness
 from harness import Record, median, spread, table
 
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
+from service.otlp import Collector
 
+if TYPE_CHECKING:
     from fastapi import FastAPI
 
 BODY = b'["what does a request cost"]'
@@ -59,47 +58,35 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class Sink(BaseHTTPRequestHandler):
+class Sink(Collector):
     """Takes whatever it is sent."""
 
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        """Answer 200."""
-        self.rfile.read(int(self.headers["content-length"]))
-        self.send_response(200)
-        self.send_header("content-length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-def collect(port: Connection) -> None:
-    """Run a collector; another process."""
-    server = HTTPServer(("127.0.0.1", 0), Sink)
-    port.send(server.server_address[1])
-    server.serve_forever()
+    def send(self, body: bytes) -> None:
+        """Take it."""
 
 
 class Mode:
     """The app with one way to log and to trace."""
 
-    def __init__(self, slot: int, endpoint: str, settings: dict[str, Any]) -> None:
+    def __init__(self, slot: int, settings: dict[str, Any]) -> None:
         """Start it."""
         from service.app import create_app
         from service.backends.stub import StubBackend
         from service.engine import Engine, Limits
         from service.fleet import Fleet
-        from service.metrics import MetricsObserver
+        from service.metrics import MetricsObserver, SpanCounts
         from service.settings import Settings
         from service.span_export import Spans
 
-        traced = {"otlp_endpoint": endpoint} if "otlp_sample" in settings else {}
-        values = Settings(backend="stub", **settings, **traced)
+        values = Settings(backend="stub", **settings)
         fleet = Fleet.make(values, ("cpu",), 1)
         self.app: FastAPI = create_app(values)
-        self.spans = self.app.reception.spans = Spans.of(values, slot)
+        self.spans = None
+        if "otlp_sample" in settings:
+            sink = Sink("http://127.0.0.1", {})
+            self.spans = Spans(sink, values.otlp_sample, slot, SpanCounts(slot))
+            self.spans.start()
+        self.app.reception.spans = self.spans
         observer = MetricsObserver(0, fleet.board, None, self.spans.passed if self.spans else None)
         self.engine = Engine(
             StubBackend(values), Limits(512, 64, 512, 32, True, 60.0, 60.0), observer=observer
@@ -157,21 +144,17 @@ def main() -> None:
     parser = harness.parser(__doc__, rounds=9)
     parser.add_argument("--requests", type=int, default=2000, help="of a mode in a round (%(default)s)")
     args = parser.parse_args()
-    ours, theirs = multiprocessing.Pipe()
-    collector = multiprocessing.get_context("fork").Process(target=collect, args=(theirs,), daemon=True)
-    collector.start()
-    endpoint = f"http://127.0.0.1:{ours.recv()}"
     record = Record("logging-cost", args)
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w", encoding="utf-8") as log:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         stderr, sys.stderr = sys.stderr, log  # a file; what a pipe costs is its reader's affair
+        gc.set_threshold(10_000, 10, 10)  # as a worker has it
         try:
-            modes = {n: Mode(slot, endpoint, settings) for slot, (n, settings) in enumerate(MODES.items())}
+            modes = {n: Mode(slot, settings) for slot, (n, settings) in enumerate(MODES.items())}
             sys.stderr = log
             asyncio.run(measure(record, modes, args, Random(args.seed)))
         finally:
             sys.stderr = stderr
-    collector.terminate()
     base = {sample["round"]: sample["cpu_us"] for sample in record.of(mode="off")}
     rows, summary = [], {}
     for name in MODES:

@@ -180,8 +180,9 @@ def sample(name: str, field: FieldInfo) -> Any:
         most = next((limit.le for limit in field.metadata if hasattr(limit, "le")), 2_000_000)
         return min(most, 2_000_000) if field.default != 2_000_000 else 3_000_000
     if float in kinds:
-        return 12.5
-    return "a text"
+        most = next((limit.le for limit in field.metadata if hasattr(limit, "le")), 12.5)
+        return min(most, 12.5) if field.default != most else most / 4
+    return "http://a-text:1" if name == "otlp_endpoint" else "a text"
 
 
 LISTED = {name: field for name, field in Settings.model_fields.items() if name not in PLACES}
