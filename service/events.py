@@ -98,6 +98,10 @@ class Events:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream to one client until it goes, takes nothing any more, or the worker leaves."""
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            await send(_body(b"", more=False))
+            return
         if self._closed or self.streams >= MOST_STREAMS:
             await send({"type": "http.response.start", "status": 503, "headers": FULL_HEADERS})
             await send(_body(b"no more streams here; ask /status, or again in a while\n", more=False))

@@ -14,6 +14,8 @@ from service.manifest import eta
 from service.scoreboard import now
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from service.fleet import Fleet
     from service.slots import SlotRecord
 
@@ -56,7 +58,7 @@ def ready_payload(fleet: Fleet) -> tuple[int, dict[str, Any]]:
         "target_workers": fleet.board.header.target,
         "planned_workers": fleet.ledger.numbers.planned,
         "workers": [
-            slot_payload(record) | {"eta_seconds": eta_of(fleet, record)}
+            slot_payload(record) | {"eta_seconds": eta_of(fleet, record, records)}
             for record in records
             if shown(fleet, record)
         ],
@@ -66,12 +68,17 @@ def ready_payload(fleet: Fleet) -> tuple[int, dict[str, Any]]:
     return 200 if readiness.ready else 503, payload
 
 
-def eta_of(fleet: Fleet, record: SlotRecord) -> float | None:
-    """Return the seconds until a worker is ready, by what the last boot took; None if nobody knows."""
+def eta_of(fleet: Fleet, record: SlotRecord, others: Sequence[SlotRecord] = ()) -> float | None:
+    """Return the seconds until a worker is ready; None if nobody knows.
+
+    By what the last boot of the service took, or else the slowest of the others that are ready.
+    """
     last, stage = fleet.recall.last, STAGES.get(record.state)
-    if last is None or stage is None:
+    if stage is None:
         return None
-    left = eta(last.stage_seconds, stage, now() - record.since)
+    ready = [other.stage_seconds for other in others if other.state is State.READY]
+    slowest = max(ready, key=lambda seconds: seconds.get(Stage.WARMUP, 0.0), default={})
+    left = eta(last.stage_seconds if last else slowest, stage, now() - record.since)
     return None if left is None else round(left, 1)
 
 

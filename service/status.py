@@ -65,7 +65,7 @@ class Status:
         fleet, moment = self.fleet, now()
         every = fleet.board.records()
         records = [record for record in every if shown(fleet, record)]
-        etas = {record.slot: eta_of(fleet, record) for record in records}
+        etas = {record.slot: eta_of(fleet, record, every) for record in records}
         header = fleet.board.header
         began = header.started - header.import_seconds - header.preload_seconds
         return {
@@ -110,15 +110,16 @@ class Status:
         moment: float,
     ) -> dict[str, Any]:
         fleet, header = self.fleet, self.fleet.board.header
+        planned = fleet.ledger.numbers.planned
         return {
             "status": readiness.status,
             "ready": readiness.ready,
-            "verdict": verdict(readiness, records, moment, target=header.target, etas=etas),
+            "verdict": verdict(readiness, records, moment, target=header.target, planned=planned, etas=etas),
             "detail": readiness.detail,
             "ready_workers": readiness.ready_workers,
             "wanted_workers": readiness.wanted,
             "target_workers": header.target,
-            "planned_workers": fleet.ledger.numbers.planned,
+            "planned_workers": planned,
             "floor": fleet.settings.ready_floor,
             "was_ready": bool(header.was_ready),
         }

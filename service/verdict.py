@@ -48,6 +48,7 @@ def verdict(
     now: float,
     *,
     target: int,
+    planned: int = 0,
     etas: Mapping[int, float | None],
 ) -> str:
     """Return the sentence.
@@ -56,7 +57,8 @@ def verdict(
         readiness: what `/ready` says.
         records: the slots that are held, or ought to be.
         now: seconds of the scoreboard's clock.
-        target: workers that shall run.
+        target: workers that the arbiter keeps.
+        planned: workers that shall run; a fleet that sizes itself gets there one by one.
         etas: seconds until a slot is ready, where they are known.
     """
     if readiness.status == "draining":
@@ -72,6 +74,8 @@ def verdict(
     clauses += [_clause(record, now, etas.get(record.slot)) for record in worries[:NAMED]]
     if len(worries) > NAMED:
         clauses.append(f"and {len(worries) - NAMED} more")
+    if planned > target:
+        clauses.append(f"growing to {planned}")
     return f"{status}: {', '.join(clauses)}"
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import click
 
 from service import __version__
@@ -11,6 +13,7 @@ from service.cli.common import examples
 
 WIDTH = 100
 """Columns of help, where the terminal has them."""
+CONTEXT: Final = {"max_content_width": WIDTH, "help_option_names": ["-h", "--help"]}
 EXAMPLES = examples(
     {
         "warmfleet serve": "the demo model on two workers",
@@ -36,7 +39,7 @@ class InOrder(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=InOrder, epilog=EXAMPLES, context_settings={"max_content_width": WIDTH})
+@click.group(cls=InOrder, epilog=EXAMPLES, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="warmfleet")
 def main() -> None:
     """Serve a sentence-transformers model from N warm Gunicorn workers, look at them, and steer them."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from service.commands.results import Results
 
 WIDTH, HEIGHT = 720, 220
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 26, 34
+"""Margins: of the axes, and above for what the plot is marked with."""
 CSS: Final = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1a1c1e; --soft: #5b6168; --line: #d9dde1;
   --one: #1463b8; --two: #b4560b; --three: #2e7d46; --four: #7b3fa0; --warn: #7a4b00; --warnback: #fff4dc; }
@@ -32,7 +33,8 @@ body { background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, san
 h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
 p { margin: .3rem 0; } .soft { color: var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: right; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: right;
+  white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .big { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; padding: 0; list-style: none; }
 .big b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
@@ -73,6 +75,9 @@ def _body(results: Results) -> str:
         parts += [
             f"<h2>Latency</h2>{_table(results.latency)}",
             f"<h2>How the latencies are spread</h2>{_spread(results)}",
+        ]
+    if results.by_second:
+        parts += [
             f"<h2>Latency over time</h2>{_over_time(results)}",
             f"<h2>Requests a second</h2>{_throughput(results)}",
         ]
@@ -118,8 +123,8 @@ def _spread(results: Results) -> str:
     for name in ("p50", "p99"):
         nth = next((n for n, bucket in enumerate(buckets) if results.latency[name] <= bucket.high), 0)
         x = LEFT + (nth + 0.5) * wide
-        bars.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        bars.append(_text(x + 4, TOP + 10, name, "start"))
+        bars.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{HEIGHT - BOTTOM}"/>')
+        bars.append(_text(x, TOP - 12, name, "middle"))
     axis = _axis(most, str)
     return _svg(f"Histogram of {sum(b.count for b in buckets)} latencies", axis + "".join(bars))
 
@@ -133,7 +138,7 @@ def _over_time(results: Results) -> str:
         for name, kind in (("p50", "one"), ("p99", "two"))
     ]
     key = "".join(
-        _rect(x, TOP, 10, 10, kind=kind, title=name) + _text(x + 14, TOP + 10, name, "start")
+        _rect(x, TOP - 20, 10, 10, kind=kind, title=name) + _text(x + 14, TOP - 11, name, "start")
         for name, kind, x in (("p50", "one", LEFT + 8), ("p99", "two", LEFT + 68))
     )
     axis = _axis(top, duration) + _time_axis(results)

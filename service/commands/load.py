@@ -2,7 +2,7 @@
 """The clients of `warmfleet bench`: a closed loop over kept connections, one thread, uvloop. Command line.
 
 Requests are encoded beforehand and replies are framed but not parsed, so that a request costs the client some
-ten microseconds; whether that was little enough is judged afterwards, by the CPU time that the client took.
+50 microseconds; whether that was little enough is judged afterwards, by the CPU time that the client took.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def conclude(
         rate * work.texts,
         latency(ordered),
         histogram(ordered),
-        by_second(log.at, log.took),
+        by_second(log.at, log.took, log.seconds),
         stages(log.timings),
         {"cpu": cpu, "cores": cores},
         tuple(judge(log.statuses, cpu, local=local, cores=cores)),
@@ -169,11 +169,12 @@ def histogram(ordered: Sequence[float], buckets: int = BUCKETS) -> list[Bucket]:
     return [Bucket(*edge, count) for edge, count in zip(pairwise(bounds), counts, strict=True)]
 
 
-def by_second(at: Iterable[float], took: Iterable[float]) -> list[Second]:
-    """Return the figures of each second in which replies came."""
+def by_second(at: Iterable[float], took: Iterable[float], seconds: float) -> list[Second]:
+    """Return the figures of each second in which replies came; a last one that was begun says too little."""
     found: dict[int, list[float]] = defaultdict(list)
-    for when, seconds in zip(at, took, strict=True):
-        found[int(when)].append(seconds)
+    for when, spent in zip(at, took, strict=True):
+        if int(when) < max(1, int(seconds)):
+            found[int(when)].append(spent)
     return [
         Second(second, len(values), percentile(values, 0.5), percentile(values, 0.99))
         for second, values in ((second, sorted(found[second])) for second in sorted(found))

@@ -28,7 +28,7 @@ export function update({ service, slots }) {
   const root = find("boots");
   const used = new Set(shown.flatMap((one) => one.parts.filter((part) => part.size >= 0.001).map((part) => part.kind)));
   if (service.import_seconds) used.add("import");
-  if (service.preload_seconds) used.add("preload");
+  if (service.preload_seconds > 0.01) used.add("preload");
   legend(root.querySelector(".legend"), KINDS.filter((kind) => used.has(kind)));
   const first = { id: "service", name: "service", when: "once, before the fork", seconds: lead, outcome: "", parts: [
     { kind: "import", from: 0, size: service.import_seconds ?? 0, title: `import ${took(service.import_seconds)}` },

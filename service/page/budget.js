@@ -10,7 +10,7 @@ export function update({ budget }) {
   const rooms = budget?.rooms ?? [];
   const text = budget?.text ?? [];
   say(find("budget-words"), rooms.length ? verdict(budget) : text[0] ?? "not known yet");
-  list(find("rooms"), rooms, (room) => room.name, roomView);
+  list(find("rooms"), rooms.map((room) => ({ ...room, binding: room.binding && rooms.length > 1 })), (room) => room.name, roomView);
   show(find("sum"), rooms.length > 0 && text.length > 0);
   list(find("sum").querySelector("div"), text.map((words, index) => ({ words, index })), (line) => line.index, () => {
     const node = h("p");
@@ -24,12 +24,12 @@ function verdict(budget) {
   return `room for ${plural(budget.fits, "worker")}${binding} · wanted ${budget.wanted}, policy ${budget.policy}${kills}`;
 }
 
-/** The parts of a room in the order of the bar, each with where it begins. Bytes. */
-export function partsOf(room) {
-  const parts = [];
+/** The pieces of a room in the order of its bar, each with where it begins. Bytes. */
+function piecesOf(room) {
+  const pieces = [];
   let at = 0;
   const put = (kind, size, title) => {
-    if (size > 0) parts.push({ kind, from: at, size, title: `${title} ${bytes(size)}` });
+    if (size > 0) pieces.push({ kind, from: at, size, title: `${title} ${bytes(size)}` });
     at += Math.max(0, size);
   };
   put("others", room.others_bytes ?? 0, "others");
@@ -42,7 +42,7 @@ export function partsOf(room) {
   }
   const used = at;
   if (room.next_worker) put(`next${room.next_worker.fits ? "" : " over"}`, room.next_worker.bytes, "one more worker");
-  return { parts, used };
+  return { pieces, used };
 }
 
 function roomView() {
@@ -59,21 +59,24 @@ function roomView() {
   return {
     node,
     update(room) {
-      const { parts, used } = partsOf(room);
+      const { pieces, used } = piecesOf(room);
+      const parts = byPart(room);
       const scale = Math.max(room.total_bytes, used, 1);
       const workers = (room.workers ?? []).reduce((sum, worker) => sum + worker.bytes, 0);
       say(name, room.kind === "host" ? "Host" : `Device ${room.name}`);
-      say(source, `${bytes(room.total_bytes)}${room.source ? `, ${room.source}` : ""}${room.binding ? " · this is what binds" : ""}`);
+      say(source, `${bytes(room.total_bytes)}${room.source ? `, ${room.source.replace(/ of \/.*/, "")}` : ""}${room.binding ? " · this is what binds" : ""}`);
+      set(source, "title", room.source);
       const beyond = Math.max(0, room.total_bytes - room.limit_bytes);
-      picture.update([...parts, { kind: "beyond", from: room.limit_bytes, size: beyond, title: `not to be used ${bytes(beyond)}` }], scale,
-        `${bytes(room.limit_bytes)} may be used: ${parts.map((part) => part.title).slice(0, 12).join(", ")}; head-room ${bytes(room.headroom_bytes)}`);
+      picture.update([...pieces, { kind: "beyond", from: room.limit_bytes, size: beyond, title: `not to be used ${bytes(beyond)}` }], scale,
+        `${bytes(room.limit_bytes)} may be used: ${pieces.map((piece) => piece.title).slice(0, 12).join(", ")}; head-room ${bytes(room.headroom_bytes)}`);
       limit.style.left = `${(100 * Math.min(1, room.limit_bytes / scale)).toFixed(2)}%`;
       set(limit, "data-words", `limit ${bytes(room.limit_bytes)}`);
       const many = room.workers?.length ?? 0;
       list(figures, [
         ["others", "others", room.others_bytes || null],
         ["shared", room.shared_name ?? "shared", room.shared_bytes || null],
-        ["worker", plural(many, "worker"), workers],
+        [parts.length ? "sum" : "worker", plural(many, "worker"), workers],
+        ...parts,
         ["free", "head-room", room.headroom_bytes],
         ["beyond", `limit ${percent(room.utilization)}`, room.limit_bytes],
       ].filter((row) => (row[2] ?? null) !== null), (row) => row[0], (row) => {
@@ -86,6 +89,14 @@ function roomView() {
       show(more, many > 0);
     },
   };
+}
+
+/** What the workers take together of each part, where there is more than one. */
+function byPart({ workers }) {
+  const sums = {};
+  for (const worker of workers ?? []) for (const [part, size] of Object.entries(worker.parts ?? {})) sums[part] = (sums[part] ?? 0) + size;
+  const found = Object.entries(sums);
+  return found.length > 1 ? found.map(([part, size]) => [part, NAMES[part] ?? part, size]) : [];
 }
 
 function priced({ next_worker: next, headroom_bytes: room, fits }) {

@@ -39,7 +39,7 @@ export function start() {
     for (const view of shown ? views : []) view.update(shown);
   };
   find("graphs").addEventListener("pointermove", (event) => {
-    const box = event.target.closest(".plot")?.getBoundingClientRect();
+    const box = event.target.closest(".area")?.getBoundingClientRect();
     read(box && shown ? shown.span * (1 - (event.clientX - box.left) / box.width) : null);
   });
   find("graphs").addEventListener("pointerleave", () => read(null));
@@ -56,7 +56,7 @@ function graph({ title, lines, format, least }) {
   });
   const node = h("figure", { class: "graph" },
     h("figcaption", null, h("span", { class: "name" }, title), h("span", { class: "values" }, ...values.map((one) => one.node))),
-    h("div", { class: "plot" }, drawing.node, top, from, cursor));
+    h("div", { class: "plot" }, top, h("div", { class: "area" }, drawing.node, cursor), from));
   return {
     node,
     update(drawn) {

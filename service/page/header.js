@@ -36,7 +36,7 @@ export function update({ service, fleet, slots, budget }) {
 }
 
 /** The model by the name that people call it: of a wheel its package, of a folder its last part. */
-export function modelName(model) {
+function modelName(model) {
   const name = String(model ?? "");
   if (name.startsWith("package:")) return name.slice(8).split("/")[0];
   return name.startsWith("/") ? name.split("/").filter(Boolean).at(-1) : name;
@@ -59,7 +59,7 @@ function figures(service, fleet, budget) {
 }
 
 function before(service) {
-  const loaded = service.preload_seconds ? `, weights ${took(service.preload_seconds)}` : "";
+  const loaded = service.preload_seconds > 0.01 ? `, weights ${took(service.preload_seconds)}` : "";
   return `imports ${took(service.import_seconds)}${loaded}`;
 }
 

@@ -13,7 +13,7 @@ export function start(redraw) {
   find("odd").addEventListener("change", redraw);
 }
 
-export function update({ slots, fleet }, history) {
+export function update({ slots }, history) {
   const rows = slots.length > MOST_CARDS;
   const root = find("slots");
   if (mode !== (rows ? "rows" : "cards")) {
@@ -24,7 +24,7 @@ export function update({ slots, fleet }, history) {
   const shown = rows && find("odd").checked ? slots.filter((slot) => slot.state !== "ready") : slots;
   const most = Math.max(...slots.map((slot) => sizeOf(memoryParts(slot))), 1);
   const speeds = history.latest?.slots ?? {};
-  const told = shown.map((slot) => ({ slot, most, speed: speeds[slot.slot] ?? (history.latest ? 0 : null), fleet }));
+  const told = shown.map((slot) => ({ slot, most, speed: speeds[slot.slot] ?? (history.latest ? 0 : null) }));
   root.lastChild.style.setProperty("--half", Math.ceil(shown.length / 2));
   list(root.lastChild, told, (item) => item.slot.slot, rows ? row : card);
 }
@@ -154,12 +154,14 @@ const silent = (slot) => slot.heartbeat_age_seconds > SILENT_S;
 const bootStages = (slot) => Object.entries(slot.stage_seconds ?? {}).filter(([name, seconds]) => name !== "import" && seconds >= 0.0005);
 const bootSeconds = (slot) => bootStages(slot).reduce((sum, [, seconds]) => sum + seconds, 0);
 
+const whole = (words) => words.replaceAll(" ", "\u00a0").replaceAll("-", "\u2011"); // breaks nowhere
+
 function booted(slot) {
-  return bootStages(slot).filter(([, seconds]) => seconds > 0.03 * bootSeconds(slot)).map(([name, seconds]) => `${STAGES[name] ?? name} ${took(seconds)}`).join(" · ");
+  return bootStages(slot).filter(([, seconds]) => seconds > 0.03 * bootSeconds(slot)).map(([name, seconds]) => whole(`${STAGES[name] ?? name} ${took(seconds)}`)).join(" · ");
 }
 
 /** Memory of a worker by part: on a device what it holds there, else its own and its share of what is shared. */
-export function memoryParts({ memory_bytes: memory }) {
+function memoryParts({ memory_bytes: memory }) {
   if (!memory) return [];
   const device = [
     ["driver context", "context", memory.device_context],
@@ -213,9 +215,7 @@ function rows(slot) {
   const reasons = Object.entries(slot.failures_by_reason ?? {}).filter(([, times]) => times);
   return [
     ["process", slot.pid],
-    ["device", slot.device],
-    ["generation", slot.generation],
-    ["heartbeat", slot.heartbeat_age_seconds === null ? null : `${took(Math.max(0, slot.heartbeat_age_seconds))} ago`],
+    ["heartbeat", slot.heartbeat_age_seconds === null ? "" : `${took(Math.max(0, slot.heartbeat_age_seconds))} ago`],
     ["boot", booted(slot)],
     ["queued", `${plural(slot.queued_texts ?? 0, "text")}, ${plural(slot.queued_tokens ?? 0, "token")}`],
     ["batch limit", slot.max_batch_tokens ? `${plural(slot.max_batch_tokens, "token")}${slot.declared_batch_tokens > slot.max_batch_tokens ? `, declared ${count(slot.declared_batch_tokens)}` : ""}` : null],

@@ -24,6 +24,12 @@ PATIENCE_MS = 45_000
 """For what a page shall show at some time."""
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Take pictures when asked to, not in a usual run: they would change the working tree."""
+    pictures = collection_path.name == "test_screenshots.py" and not config.getoption("--screenshots")
+    return pictures or None
+
+
 @pytest.fixture(scope="package")
 def browser(need: Callable[[str], str]) -> Iterator[Browser]:
     """The machine's own Chromium, for the tests of this folder: its event loop must not outlive them."""

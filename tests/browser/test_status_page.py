@@ -161,7 +161,6 @@ def test_details_open_from_the_keyboard_and_stay_open(open_page: Callable[..., A
     """Tab comes to a card's details, Enter opens them, and the next document does not close them."""
     with Double(ticking(serving)) as double, open_page(double.url) as page:
         connection(page).to_have_text("live")
-        page.locator("#workers").focus()
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
         expect(page.locator("#slot-0 details")).to_have_attribute("open", "")

@@ -185,6 +185,15 @@ def test_a_bench_that_had_no_reply_says_just_that() -> None:
     assert "<h2>" not in report(found)
 
 
+def test_replies_that_all_came_after_the_end_are_no_rate() -> None:
+    """They have latencies all the same, in the terminal and on the page."""
+    log = Log(Counter({200: 1}), array("d", [2.5]), array("d", [2.4]), [b""], seconds=2.0, cpu_s=0.1)
+    found = conclude(log, WORK, target="x", local=False, cores=2, when="today", version="1")
+    assert (found.requests_per_second, found.by_second, found.latency["max"]) == (0, [], 2.4)
+    assert "over time" not in report(found)
+    assert printed(found)
+
+
 @pytest.mark.parametrize(("share", "drawn"), [(0.0, ""), (0.001, "▏"), (0.5, "█████"), (1.0, "█" * 10)])
 def test_bars_show_what_is_not_nothing(share: float, drawn: str) -> None:
     """To an eighth of a column."""

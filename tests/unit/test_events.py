@@ -44,11 +44,11 @@ class Client:
         stuck: it takes nothing any more.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, method: str = "GET") -> None:
         self.got: list[bytes] = []
         self.status, self.headers, self.ended, self.stuck = 0, {}, False, False
         self._left = asyncio.Event()
-        self.scope: dict[str, Any] = {"type": "http", "client": self}
+        self.scope: dict[str, Any] = {"type": "http", "method": method, "client": self}
         self.task = asyncio.create_task(world.events(self.scope, self._receive, self._send))
 
     async def _receive(self) -> dict[str, Any]:
@@ -266,6 +266,15 @@ async def test_a_document_that_cannot_be_made_is_missed(caplog: pytest.LogCaptur
     assert client.got == [RETRY, message(3)]
     client.leave()
     await client.task
+
+
+@in_loop
+async def test_whoever_asks_for_the_head_gets_the_head() -> None:
+    """And no stream."""
+    world = World()
+    client = Client(world, "HEAD")
+    await client.task
+    assert (client.status, client.got, world.made) == (200, [b""], 0)
 
 
 @in_loop

@@ -135,6 +135,22 @@ def test_without_a_last_boot_nobody_knows() -> None:
     assert eta_of(other, other.board.record(0)) is None
 
 
+def test_the_first_boot_of_all_goes_by_the_workers_that_are_ready() -> None:
+    """By the slowest of them; what the manifest says counts for more."""
+    fleet = fleet_of(3)
+    for slot, warmup in enumerate((2.0, 5.0)):
+        put(fleet, slot, State.READY)
+        fleet.board.note_stage(slot, Stage.WARMUP, warmup)
+    put(fleet, 2, State.WARMING)
+    fleet.board.rows[2].since = NOW - 1.0
+    _, payload = ready_payload(fleet)
+    assert [row["eta_seconds"] for row in payload["workers"]] == [None, None, 4.0]
+    known = fleet_of(1, recall=Recall(last=LAST))
+    put(known, 0, State.WARMING)
+    known.board.rows[0].since = NOW - 1.0
+    assert eta_of(known, known.board.record(0), fleet.board.records()) == 1.0
+
+
 def test_every_stage_that_is_foretold_has_its_state() -> None:
     """The states of a boot are those of the stages that a manifest has."""
     assert set(payloads.STAGES.values()) <= set(Stage)

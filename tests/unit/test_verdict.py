@@ -24,13 +24,14 @@ def worker(slot: int, state: State = State.READY, **others: Any) -> SlotRecord:
 def say(
     *records: SlotRecord,
     target: int | None = None,
+    planned: int = 0,
     etas: dict[int, float | None] | None = None,
     was_ready: bool = True,
     stopping: bool = False,
 ) -> str:
     target = len(records) if target is None else target
     readiness = aggregate(records, Policy(target, None, 1), NOW, was_ready=was_ready, stopping=stopping)
-    return verdict(readiness, records, NOW, target=target, etas=etas or {})
+    return verdict(readiness, records, NOW, target=target, planned=planned, etas=etas or {})
 
 
 WARMING = worker(2, State.WARMING, doing="batch 64x512, round 3")
@@ -80,6 +81,8 @@ READY = [worker(slot) for slot in range(4)]
             say(READY[0], worker(5, State.DRAINING), target=1),
             "serving: 1 of 1 ready, slot 5 is draining",
         ),
+        (say(*READY, planned=4), "serving: 4 of 4 ready"),
+        (say(*READY, planned=6), "serving: 4 of 4 ready, growing to 6"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else None,
 )

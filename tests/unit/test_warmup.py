@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from service.backends.base import Cut, Done
 from service.backends.stub import StubBackend
 from service.errors import DeviceLostError, OutOfMemoryError, WarmupError
-from service.slots import ShapeTimes
+from service.slots import ShapeTimes, WarmedShape
 from service.warmup import MIN_ROUNDS, WarmupResult, is_warm, probe, shapes_for, warm
 
 if TYPE_CHECKING:
@@ -288,6 +288,36 @@ def test_a_learned_shape_without_room_halves_the_budget_too(model: FakeModel) ->
     result = model.warm(max_batch_tokens=1001, extra=[(7, 143)])
     assert result.max_batch_tokens == 500
     assert [(s.texts, s.tokens) for s in result.shapes] == shapes_for(500, 256)
+
+
+def test_every_pass_is_noted_as_it_is_made(model: FakeModel) -> None:
+    """Of which shape, with all passes so far; at last with what the shape's times have come to."""
+    noted: list[tuple[int, WarmedShape]] = []
+    model.seconds = lambda number: STEADY * (4 if number == 1 else 1)
+    result = model.warm(shapes=[(2, 16), (1, 8)], note=lambda place, shape: noted.append((place, shape)))
+    for place, times in enumerate(result.shapes):
+        mine = [shape for where, shape in noted if where == place]
+        *under_way, last = mine
+        assert [shape.rounds for shape in under_way] == list(range(1, times.rounds + 1))
+        assert all(len(shape.passes) == shape.rounds and shape.steady_s is None for shape in under_way)
+        assert all(shape.passes == last.passes[: shape.rounds] for shape in under_way)
+        assert (
+            ShapeTimes(
+                last.texts, last.tokens, last.rounds, last.passes[0], last.steady_s or 0.0, last.converged
+            )
+            == times
+        )
+    assert [place for place, _ in noted] == sorted(place for place, _ in noted)
+
+
+def test_a_halved_budget_begins_the_notes_again(model: FakeModel) -> None:
+    """The first shape comes first again, and the shapes of the larger budget are no more."""
+    model.room = 700
+    noted: dict[int, WarmedShape] = {}
+    result = model.warm(max_batch_tokens=1024, note=noted.__setitem__)
+    assert [(shape.texts, shape.tokens) for shape in noted.values()] == [
+        (shape.texts, shape.tokens) for shape in result.shapes
+    ]
 
 
 # What makes it fail
