@@ -18,7 +18,7 @@ WORKDIR /srv
 # ---------------------------------------------------------------------------------------------
 # What changes more often than torch is made in stages of its own, and laid over it.
 FROM python AS requirements
-ARG EXTRAS=
+ARG EXTRAS=otlp
 COPY pyproject.toml ./
 RUN python -c "import sys, tomllib; \
     project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \

@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n '$(PYTHON)' || { echo 'Python 3.11 or later is needed; name one with PYTHON=...' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,onnx,openvino]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,onnx,openvino,otlp]'
 	@touch $@
 
 serve: $(STAMP) ## Serve the demo model with 2 workers (API on 8000, probes and metrics on 9000)

@@ -8,7 +8,7 @@ from typing import Final
 import click
 
 from service import __version__
-from service.cli import printing, running, starting
+from service.cli import printing, starting, steering, watching
 from service.cli.common import examples
 
 WIDTH = 100
@@ -45,6 +45,6 @@ def main() -> None:
     """Serve a sentence-transformers model from N warm Gunicorn workers, look at them, and steer them."""
 
 
-for module in (starting, running, printing):
+for module in (starting, watching, steering, printing):
     for command in module.COMMANDS:
         main.add_command(command)

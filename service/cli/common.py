@@ -69,7 +69,11 @@ def ended_like_interrupted() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Whom to ask
+# Whom to ask, and for how long
+
+TIMEOUT = click.option(
+    "--timeout", type=click.FloatRange(0), default=600.0, show_default=True, help="Seconds to wait at most."
+)
 
 
 class AddressType(click.ParamType[Address]):

@@ -41,13 +41,14 @@ PLACES: Final[Mapping[str, str]] = {
     "ops_bind": "ports.ops",
     "api_key": "apiKeys.existingSecret",
     "api_key_file": "apiKeys.existingSecret",
+    "otlp_headers": "otlpHeadersSecret",
 }
 """Settings that have a place of their own in the chart; all others are under `settings`, by `camel` name."""
 LOCAL: Final = frozenset(
     {"cache_dir", "metrics_dir", "hub_cache", "compile_cache", "export_cache", "devices"}
 )
 """Settings that are true on this machine only."""
-SECRET: Final = frozenset({"model.tokenSecret", "apiKeys.existingSecret"})
+SECRET: Final = frozenset({"model.tokenSecret", "apiKeys.existingSecret", "otlpHeadersSecret"})
 TOP: Final = (
     *("budget_policy", "ready_quorum", "ready_floor"),
     *("gpu_memory_utilization", "gpu_memory_limit", "host_memory_utilization"),

@@ -40,6 +40,12 @@ class Outcome:
     text: str
 
 
+def ended_here(document: Document) -> bool:
+    """Whether the arbiter is known to have ended: it was a process of this machine, and is none now."""
+    service = document["service"]
+    return bool(service["host"] == socket.gethostname()) and not is_arbiter(service["arbiter_pid"])
+
+
 def wait(
     seen: Iterable[Seen],
     address: Address,
@@ -47,7 +53,7 @@ def wait(
     tell: Tell,
     *,
     clock: Callable[[], float] = time.monotonic,
-    has_ended: Callable[[Document], bool] | None = None,
+    has_ended: Callable[[Document], bool] = ended_here,
 ) -> Outcome:
     """Return as soon as it is decided.
 
@@ -71,7 +77,7 @@ def wait(
                 return Outcome(READY, document["fleet"]["verdict"])
             if document["fleet"]["status"] == "failed":
                 return Outcome(FAILED, why_failed(document))
-        elif last and not last["service"]["stopping"] and (has_ended or ended_here)(last):
+        elif last and not last["service"]["stopping"] and has_ended(last):
             return Outcome(FAILED, f"the service has ended before it was ready; {why_failed(last)}")
         if one.at >= end:
             break
@@ -89,12 +95,6 @@ def why_failed(document: Document) -> str:
         if row.get("last_error")
     ]
     return "; ".join([document["fleet"]["verdict"], *errors[:1]])
-
-
-def ended_here(document: Document) -> bool:
-    """Whether the arbiter is known to have ended: it was a process of this machine, and is none now."""
-    service = document["service"]
-    return bool(service["host"] == socket.gethostname()) and not is_arbiter(service["arbiter_pid"])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ const bootSeconds = (slot) => bootStages(slot).reduce((sum, [, seconds]) => sum 
 const whole = (words) => words.replaceAll(" ", "\u00a0").replaceAll("-", "\u2011"); // breaks nowhere
 
 function booted(slot) {
-  return bootStages(slot).filter(([, seconds]) => seconds > 0.03 * bootSeconds(slot)).map(([name, seconds]) => whole(`${STAGES[name] ?? name} ${took(seconds)}`)).join(" · ");
+  return bootStages(slot).filter(([, seconds]) => seconds > 0.03 * bootSeconds(slot)).map(([name, seconds]) => whole(`${STAGES[name] ?? name} ${took(seconds)}`)).join("\u00a0· ");
 }
 
 /** Memory of a worker by part: on a device what it holds there, else its own and its share of what is shared. */

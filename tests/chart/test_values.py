@@ -180,8 +180,9 @@ def sample(name: str, field: FieldInfo) -> Any:
         most = next((limit.le for limit in field.metadata if hasattr(limit, "le")), 2_000_000)
         return min(most, 2_000_000) if field.default != 2_000_000 else 3_000_000
     if float in kinds:
-        return 12.5
-    return "a text"
+        most = next((limit.le for limit in field.metadata if hasattr(limit, "le")), 12.5)
+        return min(most, 12.5) if field.default != most else most / 4
+    return "http://a-text:1" if name == "otlp_endpoint" else "a text"
 
 
 LISTED = {name: field for name, field in Settings.model_fields.items() if name not in PLACES}
@@ -207,7 +208,11 @@ GIVEN: dict[str, tuple[Json, Any]] = {
     "api_key_file": ({"apiKeys": {"existingSecret": "keys"}}, "/run/secrets/warmfleet/keys"),
 }
 """Of each setting with a place of its own: values, and what the service then reads."""
-BY_SECRET = {"hf_token": "by reference to a Secret", "api_key": "by api_key_file"}
+BY_SECRET = {
+    "hf_token": "by reference to a Secret",
+    "api_key": "by api_key_file",
+    "otlp_headers": "by reference to a Secret",
+}
 
 
 def read(monkeypatch: pytest.MonkeyPatch, values: Json) -> tuple[Settings, dict[str, str]]:
@@ -264,6 +269,15 @@ def test_the_token_comes_from_its_secret() -> None:
     assert variable == {
         "name": "WARMFLEET_HF_TOKEN",
         "valueFrom": {"secretKeyRef": {"name": "hub", "key": "hf"}},
+    }
+
+
+def test_headers_for_the_collector_come_from_their_secret() -> None:
+    """`otlpHeadersSecret` is referred to by the variable of the setting otlp_headers."""
+    (variable,) = render({"otlpHeadersSecret": {"name": "collector", "key": "h"}}).server["env"]
+    assert variable == {
+        "name": "WARMFLEET_OTLP_HEADERS",
+        "valueFrom": {"secretKeyRef": {"name": "collector", "key": "h"}},
     }
 
 

@@ -369,18 +369,19 @@ def test_ctrl_c_ends_a_bench_early_with_what_it_has() -> None:
 # The shell, the browser
 
 
-def test_completion_works_in_a_real_bash() -> None:
-    """Commands, options, and the choices of an argument, typed by a person."""
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("stat", "status"), ("status --js", "status --json"), ("completion f", "completion fish")],
+    ids=["a command", "an option", "a choice"],
+)
+def test_completion_works_in_a_real_bash(typed: str, completed: str) -> None:
+    """Whoever types the beginning and Tab gets the rest."""
     environ = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PS1": "> ", "INPUTRC": "/dev/null"}
     with Terminal(["bash", "--norc", "--noprofile", "-i"], environ) as terminal:
         terminal.type('eval "$(warmfleet completion bash)"; echo do"ne"\n')
         terminal.wait_for("\ndone")
-        terminal.type("warmfleet stat\t")
-        terminal.wait_for("> warmfleet status")
-        terminal.type("--js\t")
-        terminal.wait_for("> warmfleet status --json")
-        terminal.type("\x15warmfleet completion f\t")
-        terminal.wait_for("> warmfleet completion fish")
+        terminal.type(f"warmfleet {typed}\t")
+        terminal.wait_for(f"> warmfleet {completed}")
 
 
 def test_serve_opens_the_status_page(tmp_path: Path) -> None:

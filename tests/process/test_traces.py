@@ -177,7 +177,7 @@ def test_an_error_of_ours_is_one_on_the_span(collector: Collector, tmp_path: Pat
 
 @pytest.mark.parametrize("how", ["down", "slow", "redirecting"])
 def test_a_bad_collector_harms_nobody(how: str) -> None:
-    """Requests are answered as ever, the stop waits a second at most, and what was lost is counted and told."""
+    """Requests are answered as ever, the stop waits a second at most, and losses are counted and told."""
     with Collector() as collector:
         collector.hangs, collector.status = how == "slow", 307 if how == "redirecting" else 200
         endpoint = f"http://127.0.0.1:{free_port()}" if how == "down" else collector.url

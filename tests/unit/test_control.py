@@ -16,15 +16,12 @@ from service.commands.control import (
     Service,
     find,
     limit_of,
-    missing,
     next_signal,
     roll,
     scale,
     send,
-    unsettled,
-    wait_rolled,
-    wait_scaled,
 )
+from service.commands.settling import missing, unsettled, wait_rolled, wait_scaled
 from service.ops_client import Address, NoServiceError
 
 if TYPE_CHECKING:

@@ -59,6 +59,7 @@ DOES_NOT_MATTER = {
     *("api_key", "api_key_file", "served_model_name", "check_model", "cors_origins"),
     *("forward_timeout", "drain_grace", "graceful_timeout", "heartbeat_timeout", "keepalive"),
     *("log_format", "log_level", "te_metrics"),
+    *("access_log", "otlp_endpoint", "otlp_headers", "otlp_sample"),
 }
 KEY: dict[str, Any] = {"model": "abc", "cores": 2, "versions": {"torch": "2.11"}, "revision": None}
 COST = WorkerCost(context=0, weights=0, batch=0, host=100 << 20)

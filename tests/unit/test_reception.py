@@ -113,7 +113,7 @@ def test_replies_that_refuse_have_it_too(
 def test_the_ops_listener_has_it_too(counters: Counters, path: str) -> None:
     """Probes, and paths that do not exist."""
     fleet = app_with(counters.slot).state.fleet
-    reply = send(Reception(create_ops_app(fleet, {})), "GET", path, headers=ID)  # type: ignore[arg-type]
+    reply = send(Reception(create_ops_app(fleet, {}, None, None)), "GET", path, headers=ID)  # type: ignore[arg-type]
     assert reply.headers["x-request-id"] == ID["x-request-id"]
 
 

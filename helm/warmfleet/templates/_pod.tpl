@@ -99,7 +99,7 @@ securityContext:
 envFrom:
   - configMapRef:
       name: {{ include "warmfleet.fullname" . }}
-{{- if or .Values.model.tokenSecret.name .Values.extraEnv }}
+{{- if or .Values.model.tokenSecret.name .Values.otlpHeadersSecret.name .Values.extraEnv }}
 env:
   {{- if .Values.model.tokenSecret.name }}
   - name: WARMFLEET_HF_TOKEN
@@ -107,6 +107,13 @@ env:
       secretKeyRef:
         name: {{ .Values.model.tokenSecret.name | quote }}
         key: {{ .Values.model.tokenSecret.key | quote }}
+  {{- end }}
+  {{- if .Values.otlpHeadersSecret.name }}
+  - name: WARMFLEET_OTLP_HEADERS
+    valueFrom:
+      secretKeyRef:
+        name: {{ .Values.otlpHeadersSecret.name | quote }}
+        key: {{ .Values.otlpHeadersSecret.key | quote }}
   {{- end }}
   {{- with .Values.extraEnv }}
   {{- toYaml . | nindent 2 }}
