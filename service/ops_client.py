@@ -70,6 +70,7 @@ class Address:
         try:
             parts = urlsplit(given if "://" in given else f"http://{given}")
             port = parts.port or (PORTS.get(parts.scheme) if "://" in given else None)
+            (parts.hostname or "").encode("idna")  # as whoever connects will: not every text can be a name
         except ValueError:
             raise problem from None
         if port is None or parts.scheme not in PORTS or not parts.hostname or parts.query or shown != given:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from service import otlp
@@ -108,8 +109,9 @@ class Spans:
         self._wake.set()
         self._thread.join(timeout_s)
         left = self._in_hand
-        while self._waiting:
-            left += spans_in(self._waiting.popleft())
+        with suppress(IndexError):  # empty, by us or by a thread that is late
+            while True:
+                left += spans_in(self._waiting.popleft())
         if left:
             self._dropped(STOPPED, left)
 
@@ -129,12 +131,15 @@ class Spans:
 
     def _export(self, attributes: dict[str, Value]) -> None:
         """Send a batch, again if that may help; a failure is told, and nothing else."""
+        items: list[Visit | Pass] = []
+        with suppress(IndexError):  # `close` may have taken the rest
+            while len(items) < BATCH:
+                items.append(self._waiting.popleft())
+        self._in_hand = sum(map(spans_in, items))  # before it takes time: `close` counts what is left
         spans: list[Span] = []
-        for _ in range(min(BATCH, len(self._waiting))):
-            item = self._waiting.popleft()
+        for item in items:
             spans += [span_of(item)] if isinstance(item, Pass) else spans_of(item)
             time.sleep(0)  # lets the event loop in: Python would make it wait for five milliseconds
-        self._in_hand = len(spans)
         try:
             self._send(otlp.encode(spans, attributes))
         except Exception as error:  # noqa: BLE001 - spans may be lost, this thread may not

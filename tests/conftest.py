@@ -15,10 +15,13 @@ import pytest
 from service.preflight import PACKAGES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 TESTS = Path(__file__).parent
 FOLDERS = {"unit", "process", "browser", "chart", "image", "docs", "gpu", "model"}
+
+STYLING = ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
+"""Variables by which whoever runs the tests would change what commands print."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
         if folder in FOLDERS:
             item.add_marker(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unstyled() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in STYLING:
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -20,19 +20,23 @@ from harness import PATIENCE_S, ROOT
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+HOME = b"\x1b[H"
+"""What a program that draws the whole screen again and again begins with."""
+
 
 class Terminal:
     """A pseudo-terminal with one program, whose controlling terminal it is: Ctrl-C and its end arrive.
 
     Attributes:
         raw: all that was written to it.
+        frame: the last screen that was drawn to its end, if the program draws it again and again.
         process: the program.
     """
 
     def __init__(
         self, command: Sequence[str], environ: Mapping[str, str], *, columns: int = 120, lines: int = 40
     ) -> None:
-        self.raw = b""
+        self.raw, self.frame = b"", ""
         self._screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self._screen)
         self._ours, self._theirs = pty.openpty()
@@ -83,6 +87,14 @@ class Terminal:
             self._read(0.2)
         return self.text
 
+    def wait_for_frame(self, *parts: str) -> str:
+        """Return a screen with all these texts that was drawn to its end; `text` may be half of one."""
+        end = time.monotonic() + PATIENCE_S
+        while not all(part in self.frame for part in parts):
+            assert time.monotonic() < end, f"never on one screen: {parts}\n{self.frame}"
+            self._read(0.2)
+        return self.frame
+
     def wait_end(self) -> int:
         """Return the exit code once the program has ended, and all is read."""
         end = time.monotonic() + PATIENCE_S
@@ -98,7 +110,11 @@ class Terminal:
             with contextlib.suppress(OSError):
                 piece = os.read(self._ours, 1 << 16)
                 self.raw += piece
-                self._stream.feed(piece)
+                first, *others = piece.split(HOME)
+                self._stream.feed(first)
+                for other in others:
+                    self.frame = self.text
+                    self._stream.feed(HOME + other)
             patience_s = 0.0
 
     def _set_size(self, columns: int, lines: int) -> None:

@@ -136,7 +136,7 @@ def test_whoever_writes_writes_in_one_format(tmp_path: Path, log_format: str) ->
 def test_every_reply_has_an_id_and_errors_have_a_line() -> None:
     """Also those of a cold worker, on both listeners; `errors` leaves out what went well."""
     with (
-        Service(workers=1, log_format="json", access_log="errors", stub_scenario="slow_load") as service,
+        Service(workers=1, log_format="json", access_log="errors", stub_load_ms=4000) as service,
         new_client() as client,
     ):
         service.wait(lambda: service.states() == {0: "loading"})

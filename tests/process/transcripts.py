@@ -106,7 +106,9 @@ class Player:
         other = Service()
         places = {"WARMFLEET_BIND": other.bind, "WARMFLEET_OPS_BIND": other.ops_bind}
         with Terminal(["bash", "-c", f"exec {command}"], self._environ | places) as terminal:
-            text = terminal.wait_for("ready:", "status, probes and metrics")
+            text = terminal.wait_for(
+                "ready:", f"metrics: http://localhost:{other.ops_bind.rpartition(':')[2]}"
+            )
             terminal.type("\x03")
             terminal.wait_end()
         lines = text[text.index("ready:") :].strip()
@@ -122,7 +124,7 @@ class Player:
         )
         try:
             with Terminal(["warmfleet", "top"], self._environ, columns=COLUMNS, lines=LINES) as terminal:
-                text = terminal.wait_for("live", "with 200", "/s\n\nslot")
+                text = terminal.wait_for_frame("live", "with 200", "/s\n\nslot", "\ntotal ")
                 terminal.type("q")
                 terminal.wait_end()
         finally:

@@ -45,6 +45,8 @@ def test_an_address_is_a_listener_or_a_url(text: str, asked: str, shown: str) ->
         "http://",
         "[::1:9000",
         "a b:c",
+        "pod..svc:9000",
+        "a" * 64 + ":9000",
     ],
 )
 def test_what_is_no_address_is_said(text: str) -> None:

@@ -34,11 +34,12 @@ class Fake:
 
     def __init__(self, *errors: Exception, gate: threading.Event | None = None) -> None:
         self.taken: list[ExportTraceServiceRequest] = []
-        self.tries = 0
+        self.tries, self.asked = 0, threading.Event()
         self._errors, self._gate = list(errors), gate
 
     def send(self, body: bytes) -> None:
         self.tries += 1
+        self.asked.set()
         if self._gate is not None:
             self._gate.wait(DEADLINE_S)
         if self._errors:
@@ -149,6 +150,7 @@ def test_the_end_waits_for_no_collector(spans_to: Callable[[Any], Spans], counte
     for _ in range(span_export.BATCH + 7):
         spans.leave(one_pass())
     spans.start()
+    assert collector.asked.wait(DEADLINE_S)
     spans.close(0.2)
     found = counted(counters)
     gate.set()
