@@ -63,6 +63,7 @@ class Status:
     def document(self) -> dict[str, Any]:
         """Return the document."""
         fleet, moment = self.fleet, now()
+        was_ready = bool(fleet.board.header.was_ready)  # before: else it may tell of a later moment
         every = fleet.board.records()
         records = [record for record in every if shown(fleet, record)]
         etas = {record.slot: eta_of(fleet, record, every) for record in records}
@@ -72,7 +73,7 @@ class Status:
             "schema": SCHEMA,
             "time": round(time.time(), 3),
             "service": self._service(moment, began),
-            "fleet": self._fleet(fleet.readiness(every), records, etas, moment),
+            "fleet": self._fleet(fleet.readiness(every, was_ready=was_ready), records, etas, moment),
             "slots": [
                 slot_document(record, moment, eta=etas[record.slot]) | self._history(record.slot, began)
                 for record in records
