@@ -142,11 +142,11 @@ class Scoreboard:
         row.since = now
         row.doing = b""
         row.progress = 0.0
-        row.state = state
-        if state is State.READY:
+        if state is State.READY:  # before the state: whoever sees that finds the boot at its end
             row.history.ready(row.generation, now)
         elif state is State.FAILED:
             row.history.end(row.generation, now)
+        row.state = state
 
     def spawn(self, slot: int, device: str, now: float) -> None:
         """Arbiter: hand the slot to the worker that is about to be forked."""
@@ -166,6 +166,8 @@ class Scoreboard:
         shapes' times, by which its next worker knows that it is warm.
         """
         row = self.rows[slot]
+        if row.generation:
+            row.history.end(row.generation, now)
         row.pid = row.load = row.in_flight = row.exit_reason = 0
         row.max_batch_tokens = row.declared_batch_tokens = row.queued_texts = row.queued_tokens = 0
         row.mean_load = row.ready_at = row.deadline = row.progress = 0.0
@@ -174,8 +176,6 @@ class Scoreboard:
         row.memory = type(row.memory)()
         row.since = now
         row.state = State.EMPTY
-        if row.generation:
-            row.history.end(row.generation, now)
 
     def fail(self, slot: int, reason: Failure, error: str) -> None:
         """Note why the worker of the slot ends, or cannot become ready."""

@@ -62,9 +62,10 @@ class Status:
 
     def document(self) -> dict[str, Any]:
         """Return the document."""
-        fleet, moment = self.fleet, now()
+        fleet = self.fleet
         was_ready = bool(fleet.board.header.was_ready)  # before: else it may tell of a later moment
         every = fleet.board.records()
+        moment = now()  # after them: nothing that they tell of is still to come
         records = [record for record in every if shown(fleet, record)]
         etas = {record.slot: eta_of(fleet, record, every) for record in records}
         header = fleet.board.header

@@ -8,6 +8,7 @@ where is read once, by prometheus_client itself; from then on a look at a file i
 from __future__ import annotations
 
 import json
+import operator
 import os
 import sys
 import threading
@@ -102,20 +103,26 @@ class CounterFile:
             if (inode, used) == (self.inode, self.used):
                 stream.seek(0)
                 doubles = memoryview(stream.read(used)).cast("d")
-                self.values = [doubles[place] for place in self.places]
-                return
+                values = [doubles[place] for place in self.places]
+                if not self._fell(values):
+                    self.values = values
+                    return
         entries = list(MmapedDict.read_all_values_from_file(str(self.path)))
-        known = self.series if inode == self.inode else []
-        added = [_series(key) for key, *_ in entries[len(known) :]]
+        found = [_series(key) for key, *_ in entries]
         if self.path.stat().st_ino != inode:
             return  # replaced a moment ago: the next look finds it as it is
-        if inode != self.inode:
+        series, values = [series for _, series in found], [value for _, value, *_ in entries]
+        grew = inode == self.inode and series[: len(self.series)] == self.series and not self._fell(values)
+        if not grew:
             self.lost.update(dict(zip(self.series, self.values, strict=True)))
         self.inode, self.used = inode, used
-        self.slot = added[0][0] if added else self.slot
-        self.series = [*known, *(series for _, series in added)]
-        self.values = [value for _, value, *_ in entries]
+        self.slot = found[0][0] if found else self.slot
+        self.series, self.values = series, values
         self.places = [place // 8 for *_, place in entries]
+
+    def _fell(self, values: list[float]) -> bool:
+        """Say whether a counter is less than it was: a new file that has got the inode of the old one."""
+        return any(map(operator.lt, values, self.values))
 
 
 class Totals:

@@ -278,6 +278,7 @@ class FleetWorker(UvicornWorker):
         await _until(lambda: not main.unread, SETTLE_S)
         main.should_exit = True
         await self._tasks[main]
+        self._ops.stop_accepting()  # first: whoever comes back on the goodbye is for the siblings
         self._events.close()
         self._ops.should_exit = True
         await self._tasks[self._ops]

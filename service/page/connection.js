@@ -61,8 +61,7 @@ export class Connection {
       const reply = await fetch("status", { cache: "no-store", signal: AbortSignal.timeout(ANSWER_MS) });
       if (!reply.ok) throw new Error(`status ${reply.status}`);
       const found = await reply.json();
-      if (document.hidden && this.state === "paused") return;
-      if (this.state === "live" && this.#stream) return;
+      if (this.#settled) return;
       const back = this.state === "away";
       this.#take(found, "polling");
       if (back) {
@@ -71,11 +70,14 @@ export class Connection {
         return;
       }
     } catch {
-      if (this.state !== "paused") this.#become("away");
+      if (!this.#settled) this.#become("away");
     }
-    if (this.state !== "live" && this.state !== "paused") {
-      this.#after("poll", jitter(0.9, 1.1) * POLL_MS, () => this.#poll());
-    }
+    if (!this.#settled) this.#after("poll", jitter(0.9, 1.1) * POLL_MS, () => this.#poll());
+  }
+
+  /** Whether no answer to a question is wanted any more: a stream tells all, or nobody looks. */
+  get #settled() {
+    return this.state === "paused" || (this.state === "live" && this.#stream !== null);
   }
 
   #take(found, state) {

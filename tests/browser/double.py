@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
+from harness import free_port
+
 from service import assets
 
 if TYPE_CHECKING:
@@ -18,23 +20,22 @@ if TYPE_CHECKING:
 
     from documents import Document
 
-TICK_S = 0.1
-"""Between two looks at what a stream has to say."""
-
 
 class Double:
     """Serves the page below a path prefix.
 
     Attributes:
         make: returns the document of now.
+        tick: seconds between two documents of a stream.
         streams: whether `/events` is served, else 503.
         opened: how many streams were opened so far.
         listening: how many streams are open.
         asked: how often `/status` was asked for.
     """
 
-    def __init__(self, make: Callable[[], Document], *, prefix: str = "") -> None:
+    def __init__(self, make: Callable[[], Document], *, prefix: str = "", tick: float = 0.1) -> None:
         self.make = make
+        self.tick = tick
         self.streams = True
         self.opened = self.listening = self.asked = 0
         self.leave = threading.Event()
@@ -56,11 +57,11 @@ class Double:
         self.stop()
 
     def start(self) -> None:
-        """Listen: on the port of before, if there was one."""
+        """Listen: on the port of before, if there was one; nobody's outgoing connection takes such a port."""
         self.leave = threading.Event()
+        self._port = self._port or free_port()
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
         self._server.daemon_threads = True
-        self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
@@ -132,7 +133,7 @@ class Double:
         while not leave.is_set() and self.streams:
             handler.wfile.write(f"event: status\ndata: {json.dumps(self.make())}\n\n".encode())
             handler.wfile.flush()
-            leave.wait(TICK_S)
+            leave.wait(self.tick)
 
 
 def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:

@@ -83,11 +83,12 @@ def connection(page: Page) -> Any:
     return expect(page.locator("#connection"))
 
 
+@pytest.mark.timeout(300)  # axe-core looks at every element, of 64 rows as of one
 @pytest.mark.parametrize("name", FLEETS)
 def test_every_fleet_is_legible_for_everybody(open_page: Callable[..., Any], name: str) -> None:
     """axe-core finds nothing in light, dark and on a phone, where nothing is wider than the screen."""
     document = FLEETS[name]()
-    with Double(lambda: document) as double, open_page(double.url) as page:
+    with Double(lambda: document, tick=1.0) as double, open_page(double.url) as page:
         connection(page).to_have_text("live")
         expect(page.locator("#slots li")).to_have_count(len(document["slots"]))
         page.evaluate("document.querySelectorAll('details').forEach((one, i) => { one.open = i < 8 })")
@@ -160,7 +161,7 @@ def test_markup_in_an_error_stays_text(open_page: Callable[..., Any]) -> None:
 def test_details_open_from_the_keyboard_and_stay_open(open_page: Callable[..., Any]) -> None:
     """Tab comes to a card's details, Enter opens them, and the next document does not close them."""
     with Double(ticking(serving)) as double, open_page(double.url) as page:
-        connection(page).to_have_text("live")
+        expect(page.locator("#slots li")).to_have_count(4)  # until then the footer's links come first
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
         expect(page.locator("#slot-0 details")).to_have_attribute("open", "")

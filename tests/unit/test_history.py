@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from service.history import KEPT_BOOTS, KEPT_PASSES, MAX_SHAPES, STAGES
+from service.history import KEPT_BOOTS, KEPT_PASSES, MAX_SHAPES, STAGES, History
 from service.lifecycle import Stage, State
 from service.scoreboard import Scoreboard
 from service.slots import Boot, BootStage, ShapeTimes, WarmedShape
@@ -81,6 +81,21 @@ def test_a_boot_ends_when_the_worker_gives_up(board: Scoreboard) -> None:
     assert boots(board) == (Boot(1, 10.0, (), None, 25.0),)
     board.vacate(0, 99.0)
     assert boots(board) == (Boot(1, 10.0, (), None, 25.0),)
+
+
+def test_a_boot_is_at_its_end_before_the_state_tells_so(
+    board: Scoreboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that sees READY, FAILED or EMPTY finds the boot in agreement."""
+    states: list[State] = []
+    for name in ("ready", "end"):
+        monkeypatch.setattr(History, name, lambda *_: states.append(board.record(0).state))
+    walk(board, State.READY, 20.0)
+    board.vacate(0, 21.0)
+    board.spawn(0, "cpu", 22.0)
+    walk(board, State.PINNED, 23.0)
+    board.enter(0, State.FAILED, 24.0)
+    assert states == [State.WARMING, State.READY, State.PINNED]
 
 
 def test_the_slot_keeps_its_last_boots(board: Scoreboard) -> None:

@@ -180,6 +180,21 @@ def test_a_file_that_a_new_worker_begins_is_added(tmp_path: Path, count: Count) 
         assert totals.read()["texts"] == expected
 
 
+@pytest.mark.parametrize("endpoint", ["/embed", "/other"])
+def test_a_new_file_may_have_the_inode_of_the_old_one(tmp_path: Path, count: Count, endpoint: str) -> None:
+    """Some file systems give it out again at once; with as many entries as before, or with fewer."""
+    totals = Totals(tmp_path)
+    count("texts_total", 1)
+    count("requests_total", 1, endpoint="/embed", status="200")
+    begun_anew = (tmp_path / "counter_s0.db").read_bytes()
+    count("texts_total", 4)
+    count("requests_total", 4, endpoint=endpoint, status="200")
+    assert totals.read()["texts"] == 5
+    (tmp_path / "counter_s0.db").write_bytes(begun_anew)
+    found = totals.read()
+    assert (found["texts"], found["requests"], found["by_slot"]["0"]["requests"]) == (6, {"200": 6}, 6)
+
+
 @pytest.mark.parametrize(("value", "expected"), [(3.0, 3), (0.1234567, 0.123457), (0.0, 0)])
 def test_numbers_are_short(value: float, expected: float) -> None:
     """Counts are integers, seconds are told to the microsecond."""
