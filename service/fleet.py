@@ -117,14 +117,17 @@ class Fleet:
         if self.readiness().ready:
             self.board.header.was_ready = 1
 
-    def readiness(self, records: list[SlotRecord] | None = None) -> Readiness:
-        """Worker: decide whether the service is ready."""
+    def readiness(
+        self, records: list[SlotRecord] | None = None, *, was_ready: bool | None = None
+    ) -> Readiness:
+        """Worker: decide whether the service is ready; who reads records itself reads `was_ready` before."""
         header = self.board.header
+        before = bool(header.was_ready) if was_ready is None else was_ready
         return aggregate(
             self.board.records() if records is None else records,
             self._policy,
             now(),
-            was_ready=bool(header.was_ready),
+            was_ready=before,
             stopping=bool(header.stopping),
         )
 

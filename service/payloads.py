@@ -45,8 +45,9 @@ def budget_payload(fleet: Fleet) -> dict[str, Any]:
 
 def ready_payload(fleet: Fleet) -> tuple[int, dict[str, Any]]:
     """Return the HTTP status and the body of `/ready`, true within one heartbeat."""
+    was_ready = bool(fleet.board.header.was_ready)
     records = fleet.board.records()
-    readiness = fleet.readiness(records)
+    readiness = fleet.readiness(records, was_ready=was_ready)
     warm = [r.stage_seconds.get("warmup", 0.0) for r in records if r.state is State.READY]
     payload = {
         "status": readiness.status,

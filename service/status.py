@@ -63,6 +63,7 @@ class Status:
     def document(self) -> dict[str, Any]:
         """Return the document."""
         fleet = self.fleet
+        was_ready = bool(fleet.board.header.was_ready)  # before: else it may tell of a later moment
         every = fleet.board.records()
         moment = now()  # after them: nothing that they tell of is still to come
         records = [record for record in every if shown(fleet, record)]
@@ -73,7 +74,7 @@ class Status:
             "schema": SCHEMA,
             "time": round(time.time(), 3),
             "service": self._service(moment, began),
-            "fleet": self._fleet(fleet.readiness(every), records, etas, moment),
+            "fleet": self._fleet(fleet.readiness(every, was_ready=was_ready), records, etas, moment),
             "slots": [
                 slot_document(record, moment, eta=etas[record.slot]) | self._history(record.slot, began)
                 for record in records
