@@ -18,7 +18,7 @@ from service import assets
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from documents import Document
+    from scripted import Document
 
 
 class Double:

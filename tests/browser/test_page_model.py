@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import documents
 import pytest
+import scripted
 from double import Double
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def page(open_page: Callable[..., Any]) -> Iterator[Page]:
     """The page, for its modules."""
-    with Double(lambda: documents.document([documents.slot(0)])) as double, open_page(double.url) as found:
+    with Double(lambda: scripted.document([scripted.slot(0)])) as double, open_page(double.url) as found:
         yield found
 
 
@@ -41,8 +41,8 @@ def test_quantile_lies_in_its_bucket(page: Page) -> None:
 
 def test_rates_of_two_documents(page: Page) -> None:
     """A thousand texts in two seconds, one 429 a second, eight texts a batch, one token in 21 padding."""
-    slots = [documents.slot(n) for n in range(4)]
-    two = [documents.document(slots, at=at) for at in (100.0, 102.0)]
+    slots = [scripted.slot(n) for n in range(4)]
+    two = [scripted.document(slots, at=at) for at in (100.0, 102.0)]
     rates = call(page, "model", "m.rates(a[0], a[1])", two)
     assert (rates["texts"], rates["refused"], rates["batch"], rates["failed"]) == (500, 1, 8, 0)
     assert rates["padding"] == pytest.approx(1 / 21)
@@ -58,7 +58,7 @@ def test_history_is_bounded_and_forgets(page: Page) -> None:
         }
         return [history.points.length, history.points.at(-1).time - history.points[0].time];
     })()"""
-    kept, span = call(page, "model", body, documents.document([documents.slot(0)]))
+    kept, span = call(page, "model", body, scripted.document([scripted.slot(0)]))
     assert 250 <= kept <= 301
     assert span <= 300
 
@@ -70,10 +70,9 @@ def test_restart_breaks_the_lines(page: Page) -> None:
         a.forEach((document) => history.add(document));
         return history.points.map((point) => (point.gap ? "gap" : point.texts));
     })()"""
-    old = [documents.document([documents.slot(0)], at=at) for at in (500.0, 501.0)]
+    old = [scripted.document([scripted.slot(0)], at=at) for at in (500.0, 501.0)]
     new = [
-        documents.document([documents.slot(0)], at=at) | {"time": old[0]["time"] + 10 + at}
-        for at in (1.0, 2.0)
+        scripted.document([scripted.slot(0)], at=at) | {"time": old[0]["time"] + 10 + at} for at in (1.0, 2.0)
     ]
     assert call(page, "model", body, [*old, *new]) == [500, "gap", 500]
 

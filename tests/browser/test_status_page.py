@@ -7,8 +7,8 @@ import itertools
 import time
 from typing import TYPE_CHECKING, Any
 
-import documents
 import pytest
+import scripted
 from axe_playwright_python.sync_playwright import Axe
 from double import Double
 from playwright.sync_api import expect
@@ -16,49 +16,49 @@ from playwright.sync_api import expect
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from documents import Document
     from playwright.sync_api import Locator, Page
+    from scripted import Document
 
 GPU_MEMORY = {
-    "rss": 3 * documents.GIB,
-    "pss": 2 * documents.GIB,
-    "uss": documents.GIB,
-    "device_context": 480 * documents.MIB,
-    "device_allocated": 14 * documents.GIB,
-    "device_reserved": 17 * documents.GIB,
-    "device_peak": 16 * documents.GIB,
+    "rss": 3 * scripted.GIB,
+    "pss": 2 * scripted.GIB,
+    "uss": scripted.GIB,
+    "device_context": 480 * scripted.MIB,
+    "device_allocated": 14 * scripted.GIB,
+    "device_reserved": 17 * scripted.GIB,
+    "device_peak": 16 * scripted.GIB,
 }
 
 
 def many() -> list[Document]:
     """64 slots, some of which are not ready."""
-    slots = [documents.slot(number) for number in range(64)]
-    slots[5] = documents.failing(5)
-    slots[9] = documents.cold(9)
-    slots[17] = documents.slot(
+    slots = [scripted.slot(number) for number in range(64)]
+    slots[5] = scripted.failing(5)
+    slots[9] = scripted.cold(9)
+    slots[17] = scripted.slot(
         17, "warming", progress=0.4, doing="64\N{MULTIPLICATION SIGN}512", eta_seconds=8.0
     )
-    slots[40] = documents.slot(40, "draining")
-    slots[41] = documents.slot(41, "failed", failures=3, last_error={"state": "warming", "text": "wrong"})
-    slots[42] = documents.slot(42, "empty", pid=None, memory_bytes={})
+    slots[40] = scripted.slot(40, "draining")
+    slots[41] = scripted.slot(41, "failed", failures=3, last_error={"state": "warming", "text": "wrong"})
+    slots[42] = scripted.slot(42, "empty", pid=None, memory_bytes={})
     return slots
 
 
 def on_gpus() -> Document:
     """Six workers on two GPUs."""
-    slots = [documents.slot(n, device=f"GPU-{n // 3}", memory_bytes=GPU_MEMORY) for n in range(6)]
-    rooms = [documents.device_room(f"GPU-{n}", [3 * n, 3 * n + 1, 3 * n + 2]) for n in range(2)]
-    return documents.document(slots, rooms=[documents.host_room(6, total=32 * documents.GIB), *rooms])
+    slots = [scripted.slot(n, device=f"GPU-{n // 3}", memory_bytes=GPU_MEMORY) for n in range(6)]
+    rooms = [scripted.device_room(f"GPU-{n}", [3 * n, 3 * n + 1, 3 * n + 2]) for n in range(2)]
+    return scripted.document(slots, rooms=[scripted.host_room(6, total=32 * scripted.GIB), *rooms])
 
 
 FLEETS: dict[str, Callable[[], Document]] = {
-    "all cold": lambda: documents.document([documents.cold(n) for n in range(4)], at=6.8, rooms=[]),
-    "booting": lambda: documents.booting(11.0),
-    "one worker": lambda: documents.document([documents.slot(0)]),
-    "a slot that fails": lambda: documents.document([documents.slot(0), documents.failing(1)]),
-    "64 workers": lambda: documents.document(many()),
+    "all cold": lambda: scripted.document([scripted.cold(n) for n in range(4)], at=6.8, rooms=[]),
+    "booting": lambda: scripted.booting(11.0),
+    "one worker": lambda: scripted.document([scripted.slot(0)]),
+    "a slot that fails": lambda: scripted.document([scripted.slot(0), scripted.failing(1)]),
+    "64 workers": lambda: scripted.document(many()),
     "GPUs": on_gpus,
-    "no slot at all": lambda: documents.document([], status="starting", rooms=[]),
+    "no slot at all": lambda: scripted.document([], status="starting", rooms=[]),
 }
 
 
@@ -70,7 +70,7 @@ def ticking(make: Callable[[float], Document]) -> Callable[[], Document]:
 
 def serving(at: float) -> Document:
     """Four workers under even traffic."""
-    return documents.document([documents.slot(number) for number in range(4)], at=at)
+    return scripted.document([scripted.slot(number) for number in range(4)], at=at)
 
 
 def uptime(page: Page) -> Locator:
@@ -102,7 +102,7 @@ def test_every_fleet_is_legible_for_everybody(open_page: Callable[..., Any], nam
 
 def test_header_shows_the_fleet(open_page: Callable[..., Any]) -> None:
     """State, count, model and versions are text; so is each state that the strip has as a colour."""
-    with Double(lambda: documents.document(many())) as double, open_page(double.url) as page:
+    with Double(lambda: scripted.document(many())) as double, open_page(double.url) as page:
         expect(page.locator("#status")).to_have_text("ready")
         expect(page.locator("#count")).to_have_text("58 of 64 workers ready")
         expect(page.locator("#model")).to_have_text("sentence-transformers/all-MiniLM-L6-v2")
@@ -114,7 +114,7 @@ def test_header_shows_the_fleet(open_page: Callable[..., Any]) -> None:
 
 def test_rows_can_be_narrowed_to_those_that_are_not_ready(open_page: Callable[..., Any]) -> None:
     """Of 64 rows, the check box leaves the six that need a look."""
-    with Double(lambda: documents.document(many())) as double, open_page(double.url) as page:
+    with Double(lambda: scripted.document(many())) as double, open_page(double.url) as page:
         expect(page.locator("#slots li")).to_have_count(64)
         page.get_by_label("only those that are not ready").check()
         expect(page.locator("#slots li")).to_have_count(6)
@@ -153,7 +153,7 @@ def test_markup_in_an_error_stays_text(open_page: Callable[..., Any]) -> None:
     with Double(FLEETS["a slot that fails"]) as double, open_page(double.url) as page:
         details = page.locator("#slot-1 details")
         details.locator("summary").click()
-        expect(page.locator("#slot-1 .error")).to_have_text(f"while loading: {documents.HOSTILE}")
+        expect(page.locator("#slot-1 .error")).to_have_text(f"while loading: {scripted.HOSTILE}")
         assert page.locator("#slot-1 img, #slot-1 script").count() == 0
         assert "owned" not in page.title()
 
