@@ -116,7 +116,7 @@ def test_what_fits_a_real_limit_survives_the_worst_load() -> None:
         print(f"{budget['text']}\npeak {group.peak_bytes / MIB:.0f} MiB, {seen}, {private_mib(pids)}")
         assert seen["200"] > 0
         assert set(seen) <= {"200", "429"}, seen
-        # Not the peak: it counts files' pages too, which the kernel drops at the limit before it kills anybody.
+        # Not the peak: it has files' pages, too, which the kernel drops at the limit before it kills anybody.
         assert group.oom_kills == 0
         assert service.embed().ok
         metrics = service.metrics()
