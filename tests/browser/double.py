@@ -92,7 +92,8 @@ class Double:
                 pass
 
             def do_GET(self) -> None:
-                path = urlsplit(self.path).path.removeprefix(double._prefix)
+                asked = urlsplit(self.path).path
+                path = asked.removeprefix(double._prefix) if asked.startswith(f"{double._prefix}/") else ""
                 with contextlib.suppress(ConnectionError):  # the browser has left
                     double._answer(self, path)
 

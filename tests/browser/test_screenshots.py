@@ -123,7 +123,7 @@ def test_fleet_under_traffic(open_page: Callable[..., Any]) -> None:
     ):
         service.wait_ready(PATIENCE_S)
         with open_page(page_of(service), losing=True) as page, traffic(service.url):
-            time.sleep(TRAFFIC_S / 2)
+            time.sleep(TRAFFIC_S / 2)  # graphs show time, so time has to pass
             service.kill(2, SIGKILL)
             time.sleep(TRAFFIC_S / 2)
             expect(page.locator("#count")).to_have_text("4 of 4 workers ready")
@@ -134,7 +134,7 @@ def test_fleet_under_traffic(open_page: Callable[..., Any]) -> None:
             shown = page.locator("section[aria-labelledby=traffic-title]")
             shown.screenshot(path=IMAGES / "status-traffic.png")
             page.set_viewport_size({"width": 360, "height": 800})
-            time.sleep(1.5)
+            time.sleep(1.5)  # the next document is drawn to the new width
             save(page, "phone", "section[aria-labelledby=boots-title]")
 
 
@@ -161,7 +161,7 @@ def test_slot_that_fails(open_page: Callable[..., Any], tmp_path: Path) -> None:
         with Service(group=group, **settings) as service:
             service.wait_ready(PATIENCE_S)
             with open_page(page_of(service), losing=True) as page, traffic(service.url):
-                time.sleep(5)
+                time.sleep(5)  # a few seconds of traffic for the graphs
                 service.kill(2, SIGKILL)
                 expect(page.get_by_role("img", name="slot 2, boot 4")).to_have_attribute(
                     "aria-label", re.compile("failed$")

@@ -147,9 +147,9 @@ def pip_settings() -> dict[str, str]:
 def pip_options(folder: Path) -> list[str]:
     """Return the options of a build by which its pip gets index, CA and wheels, with our marker in each."""
     told = pip_settings()
-    index = told.get("index-url", "https://pypi.org/simple")
+    index = told.get("index-url")
     extra = [url for url in told.get("extra-index-url", "").split() if url.startswith("http")]
-    lines = [f"# {MARKER}", "[global]", f"index-url = {index}"]
+    lines = [f"# {MARKER}", "[global]", *([f"index-url = {index}"] if index else [])]
     lines += [f"extra-index-url = {' '.join(extra)}"] if extra else []
     options = []
     if cert := told.get("cert"):
@@ -161,7 +161,7 @@ def pip_options(folder: Path) -> list[str]:
     if wheels:
         lines.append(f"find-links = {WHEELS}")
         options.append(f"--volume={wheels}:{WHEELS}:ro")
-    if wheels and list(Path(wheels).glob("torch-*+cpu-*.whl")):
+    if index and wheels and list(Path(wheels).glob("torch-*+cpu-*.whl")):
         options.append(f"--build-arg=TORCH_INDEX={index}")  # +cpu counts as later than what the index has
     conf = folder / "pip.conf"
     conf.touch(mode=0o600)

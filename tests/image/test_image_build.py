@@ -109,7 +109,7 @@ def test_what_the_build_was_lent_is_in_no_layer(engine: Engine, image: str) -> N
         check=False,
     )
     assert (found.returncode, found.stdout) == (1, ""), found.stderr
-    places = ("etc/pip.conf", "run/secrets/*", "root/.cache/pip/*", f".{WHEELS}/*")
+    places = ("etc/pip.conf", "run/secrets/*", "root/.cache/pip/*", "var/cache/pip/*", f".{WHEELS}/*")
     left = [path for folder in folders for place in places for path in Path(folder).glob(place)]
     assert left == []
 
